@@ -1,0 +1,225 @@
+"""Scores a trained checkpoint: features of query and gallery -> CMC and mAP.
+
+python evaluate.py                                   the newest run, with the prompt it was trained with
+python evaluate.py --prompt simplified               "A photo of a person" for everybody: the fast way
+"""
+
+import argparse
+import json
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import clip
+import data
+from model import PromptSG
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# -------------------------------------------------------------------------------------------------- scoring
+
+
+def rank_metrics(
+    query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor, gallery_cams: Tensor
+) -> dict:
+    """mAP and CMC as the field computes them (Zheng et al. 2015): {"mAP": float, "cmc": Tensor (G,)}, from 0 to 1.
+
+    query (Q, D), gallery (G, D): L2-normalised features. ids and cams (Q,) or (G,): integers; identity -1 is junk.
+    For each query, pictures of its own identity by its own camera, and junk, count neither as right nor as wrong.
+    A query without any right picture is left out of the mean. cmc[k - 1] is the share of queries with a right picture
+    among the first k. AP is the mean, over the right pictures, of the precision at their rank. Of equally similar
+    pictures the wrong ones come first, so that no order of the gallery can flatter a model.
+
+    Raises ValueError if no query has a right picture in the gallery.
+    """
+    # Sorted by identity, a query's candidates lie side by side.
+    order = gallery_ids.argsort(stable=True)
+    order = order[gallery_ids[order] != data.JUNK]
+    gallery, gallery_ids, gallery_cams = gallery[order], gallery_ids[order], gallery_cams[order]
+    starts = torch.searchsorted(gallery_ids, query_ids).tolist()
+    stops = torch.searchsorted(gallery_ids, query_ids, right=True).tolist()
+
+    average_precisions, first_ranks = [], []
+    chunk = 256
+    for begin in range(0, len(query), chunk):
+        similarities = query[begin : begin + chunk] @ gallery.T  # (chunk, G)
+        for i, similarity in enumerate(similarities, begin):
+            own = slice(starts[i], stops[i])
+            right = similarity[own][gallery_cams[own] != query_cams[i]].sort().values  # ascending
+            if len(right) == 0:
+                continue
+            similarity[own] = -torch.inf  # what is left are the wrong pictures
+            passed = torch.searchsorted(right, similarity, right=True)  # right pictures that each wrong one passes
+            histogram = passed.bincount(minlength=len(right) + 1)
+            wrong_before = histogram.flip(0).cumsum(0)[:-1]  # of each right picture, the best one first
+            right_until = torch.arange(1, len(right) + 1, device=right.device)
+            average_precisions.append((right_until / (right_until + wrong_before)).double().mean())
+            first_ranks.append(wrong_before[0])
+    if not first_ranks:
+        raise ValueError("no query has a picture of its identity by another camera in the gallery: nothing to score")
+    cmc = torch.stack(first_ranks).bincount(minlength=len(gallery)).cumsum(0) / len(first_ranks)
+    return {"mAP": torch.stack(average_precisions).mean().item(), "cmc": cmc.cpu()}
+
+
+@torch.inference_mode()
+def extract(embed: Callable[[Tensor], Tensor], loader: DataLoader, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Features (N, D), float32 on the device, of a loader's N pictures in its order; a progress line on terminals."""
+    features, done = [], 0
+    for images, _ in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features.append(embed(data.normalize(images.to(device, non_blocking=True))).float())
+        done += len(images)
+        if sys.stderr.isatty():
+            print(f"\r{done} of {len(loader.dataset)} pictures", end="\r", file=sys.stderr, flush=True)
+    return torch.cat(features)
+
+
+def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Namespace) -> dict:
+    """Scores a model on query and gallery: {"mAP", "rank1", "rank5", "rank10"} from 0 to 1, and "images_per_second".
+
+    args: image_size, eval_batch_size, workers, device, precision, as the scripts' flags of these names.
+    """
+    device = torch.device(args.device)
+    was_training = model.training
+    model.eval()
+    samples = dataset.query + dataset.gallery
+    loader = data.test_loader(samples, args.image_size, args.eval_batch_size, args.workers)
+    start = time.perf_counter()
+    features = extract(lambda images: model.embed(images, prompt), loader, device, PRECISIONS[args.precision])
+    ids, cams = torch.tensor([(sample.pid, sample.camid) for sample in samples], device=device).T.contiguous()
+    seconds = time.perf_counter() - start  # the copy to the device above has waited for the features
+    Q = len(dataset.query)
+    metrics = rank_metrics(features[:Q], features[Q:], ids[:Q], ids[Q:], cams[:Q], cams[Q:])
+    model.train(was_training)
+    cmc = metrics["cmc"]
+    ranks = {f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}
+    return {"mAP": metrics["mAP"], **ranks, "images_per_second": len(samples) / seconds}
+
+
+def describe(result: dict) -> str:
+    """One line for people."""
+    ranks = "  ".join(f"Rank-{k} {result[f'rank{k}']:.1%}" for k in (1, 5, 10))
+    return f"mAP {result['mAP']:.1%}  {ranks}  ({result['images_per_second']:.0f} images/s)"
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What train.py saved. FileNotFoundError if there is none, ValueError if it is damaged or something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: give the path of a run's last.pt or best.pt, or train first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "args"} <= checkpoint.keys():
+        raise ValueError(f"{path} was not written by train.py: give the path of a run's last.pt or best.pt")
+    return checkpoint
+
+
+def restore_model(checkpoint: dict) -> PromptSG:
+    """The model of a checkpoint, in eval mode; its sizes are read off the weights."""
+    weights, settings = checkpoint["model"], checkpoint["args"]
+    clip_weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
+    model = PromptSG(
+        clip.build(clip_weights, tuple(settings["image_size"])),
+        num_identities=len(weights["classifier.weight"]),
+        **ablations(argparse.Namespace(**settings)),
+    )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def ablations(args: argparse.Namespace) -> dict:
+    """PromptSG's keyword arguments from train.py's flags."""
+    return {
+        "blocks": args.blocks,
+        "interaction": not (args.baseline or args.without_interaction),
+        "inversion": not args.baseline and args.train_prompt == "composed",
+    }
+
+
+def newest_checkpoint(runs: Path = Path("runs")) -> Path:
+    """The last.pt written last below `runs`; FileNotFoundError if there is none."""
+    checkpoints = sorted(runs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise FileNotFoundError("no run in runs/ yet: train one, or give --checkpoint PATH")
+    return checkpoints[-1]
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that train.py and evaluate.py share: where the data are and what to compute with."""
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, fp32 on CPU")
+    parser.add_argument("--workers", type=int, default=min(8, torch.get_num_threads()), help="loader processes")
+    parser.add_argument("--eval-batch-size", type=int, default=128, help="default: %(default)s")
+
+
+def check_machine_flags(args: argparse.Namespace) -> None:
+    """Fills in --precision. ValueError if the device is not there or a number makes no sense."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable here ({str(error).splitlines()[0]})") from error
+    if args.workers < 0 or args.eval_batch_size < 1:
+        raise ValueError("--workers must be at least 0 and --eval-batch-size at least 1")
+    if args.precision is None:
+        args.precision = "bf16" if torch.device(args.device).type == "cuda" else "fp32"
+    if args.precision == "fp16" and torch.device(args.device).type == "cpu":
+        raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
+    torch.set_float32_matmul_precision("high")
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Runs a script; what a user can mend is one line on stderr and exit status 1, not a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        # A loader process wraps its error into a traceback, whose last line is the message.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a trained PromptSG.")
+    parser.add_argument("--checkpoint", type=Path, help="default: last.pt of the newest run in runs/")
+    parser.add_argument("--prompt", choices=("composed", "simplified"), help="default: composed, if the model can")
+    parser.add_argument("--dataset", choices=data.FOLDERS, help="default: the one it was trained on")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
+    add_machine_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    check_machine_flags(args)
+    path = args.checkpoint or newest_checkpoint()
+    checkpoint = load_checkpoint(path)
+    settings = checkpoint["args"]
+    print(f"checkpoint {path}: {settings['backbone']} trained on {settings['dataset']}, epoch {checkpoint['epoch']}")
+    model = restore_model(checkpoint).to(args.device)
+    args.image_size = tuple(settings["image_size"])
+    args.dataset = args.dataset or settings["dataset"]
+    args.prompt = args.prompt or ("composed" if model.inversion else "simplified")
+    dataset = data.load_dataset(args.dataset, args.data_root)
+    print(data.summary(dataset))
+    result = score(model, dataset, args.prompt, args)
+    print(f"{args.dataset}, {args.prompt} prompt: {describe(result)}")
+    if args.json:
+        report = {**result, "prompt": args.prompt, "dataset": args.dataset, "checkpoint": str(path)}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

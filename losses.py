@@ -1,0 +1,94 @@
+"""The training losses of PromptSG, Eqs. 2-6 and 8-10.
+
+The paper prints Eqs. 2, 3, 5, 6 and 8 without the minus sign that makes them losses; it is put back here.
+B images, D joint embedding, K identities.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision becomes single; single and double stay: no loss is computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_probabilities(anchors: Tensor, candidates: Tensor, temperature: float | Tensor) -> Tensor:
+    """Log softmax over the candidates of cosine similarity / tau (Eq. 1): (B, D), (B, D) -> (B, B)."""
+    anchors = F.normalize(full_precision(anchors), dim=1)
+    candidates = F.normalize(full_precision(candidates), dim=1)
+    return (anchors @ candidates.T / temperature).log_softmax(dim=1)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, temperature: float | Tensor) -> Tensor:
+    """L_i2t + L_t2i of Eqs. 2 and 3, each image's positive being its own text: (B, D), (B, D) -> scalar."""
+    i2t = -log_probabilities(image, text, temperature).diagonal().mean()  # Eq. 2
+    t2i = -log_probabilities(text, image, temperature).diagonal().mean()  # Eq. 3
+    return i2t + t2i
+
+
+def supcon_direction(anchors: Tensor, candidates: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
+    """Eq. 5 for anchors = images, candidates = texts; Eq. 6 with the two exchanged: (B, D), (B, D), (B,) -> scalar.
+
+    As printed: the sum over all positives, which are the candidates of the same identity, the anchor's own included.
+    """
+    positive = labels[:, None] == labels[None, :]  # (B, B)
+    log_p = log_probabilities(anchors, candidates, temperature)
+    return -(log_p * positive).sum(dim=1).mean()
+
+
+def supcon_loss(image: Tensor, text: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
+    """L_SupCon of Eq. 4, both directions: image (B, D), text (B, D), labels (B,) -> scalar."""
+    i2t = supcon_direction(image, text, labels, temperature)  # Eq. 5
+    t2i = supcon_direction(text, image, labels, temperature)  # Eq. 6
+    return i2t + t2i
+
+
+def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """L_ID of Eq. 8, cross-entropy: logits (B, K), labels (B,) -> scalar, the mean over the batch.
+
+    y_j is 1 - e + e / K for the right identity and e / K for the others, e the label smoothing. The paper's factor
+    1/K is read as the mean over the batch: taken literally it would make the loss 751 times smaller on Market-1501.
+    """
+    return F.cross_entropy(full_precision(logits), labels, label_smoothing=label_smoothing)
+
+
+def triplet_loss(features: Tensor, labels: Tensor, margin: float = 0.3) -> Tensor:
+    """L_Triplet of Eq. 9, batch-hard (Hermans et al., 2017): features (B, D), labels (B,) -> scalar.
+
+    For every anchor, d_p is the Euclidean distance to the farthest picture of its identity in the batch, d_n to the
+    nearest of another; the mean over the anchors. The features are not normalised.
+    """
+    features = full_precision(features)
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # (B, B)
+    same = labels[:, None] == labels[None, :]
+    d_p = distance.masked_fill(~same, 0).amax(dim=1)
+    d_n = distance.masked_fill(same, torch.inf).amin(dim=1)
+    return F.relu(d_p - d_n + margin).mean()
+
+
+def promptsg_loss(
+    output,
+    labels: Tensor,
+    temperature: float | Tensor,
+    supcon_weight: float = 0.5,
+    margin: float = 0.3,
+    label_smoothing: float = 0.1,
+    i2t: bool = True,
+    t2i: bool = True,
+) -> dict[str, Tensor]:
+    """Eq. 10 and its terms by name, scalars, from a batch's model.Output and labels (B,).
+
+    The triplet loss is taken on z and on the last three states of the visual encoder, and summed (section 4.3).
+    i2t, t2i: the two directions of L_SupCon (Table 3 b and c leave one out); it is 0 where no prompt was composed.
+    """
+    loss_triplet = sum(triplet_loss(features, labels, margin) for features in [output.z, *output.states])
+    loss_id = identity_loss(output.logits, labels, label_smoothing)
+    loss_supcon = torch.zeros_like(loss_id)
+    if output.text is not None and i2t:
+        loss_supcon = loss_supcon + supcon_direction(output.image, output.text, labels, temperature)
+    if output.text is not None and t2i:
+        loss_supcon = loss_supcon + supcon_direction(output.text, output.image, labels, temperature)
+    loss = loss_triplet + loss_id + supcon_weight * loss_supcon  # Eq. 10
+    return {"loss": loss, "loss_triplet": loss_triplet, "loss_id": loss_id, "loss_supcon": loss_supcon}

@@ -1,0 +1,172 @@
+"""PromptSG (Yang et al., CVPR 2024): section 4 of the paper, in the paper's order.
+
+Symbols: B images, M patches, D joint embedding of CLIP, T width of CLIP's word embeddings, K identities.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import CLIP, ResidualAttentionBlock, heads, tokenize
+
+COMPOSED_PROMPT = "A photo of a S* person"
+SIMPLIFIED_PROMPT = "A photo of a person"
+
+
+class InversionNetwork(nn.Sequential):
+    """f_theta(v) = s*, from a global visual embedding (B, D) to a pseudo-word (B, T).
+
+    Section 5.1: "a three-layered MLP of 512-dimensional hidden state", batch normalisation "after the last state".
+
+    word_std: standard deviation of CLIP's word embeddings, with which S* starts out (the paper is silent).
+    """
+
+    def __init__(self, embed_dim: int, token_dim: int, word_std: float, hidden: int = 512):
+        super().__init__(
+            nn.Linear(embed_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, token_dim),
+            nn.BatchNorm1d(token_dim),
+        )
+        nn.init.constant_(self[-1].weight, word_std)
+
+
+class InteractionModule(nn.Module):
+    """Multimodal interaction module (section 4.2, Figure 3): the text decides which image tokens count."""
+
+    def __init__(self, dim: int, blocks: int = 2):
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.blocks = nn.Sequential(*(ResidualAttentionBlock(dim, heads(dim), blocks) for _ in range(blocks)))
+
+    def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
+        """Softmax(Q K^T / sqrt(d)) of Eq. 7, over image tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
+        Q = self.query(text).unsqueeze(-1)  # (B or 1, D, 1)
+        K = self.key(tokens)  # (B, 1 + M, D)
+        scores = (K @ Q).squeeze(-1) / K.shape[-1] ** 0.5
+        return scores.softmax(dim=1)
+
+    def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
+        """Text embedding l (B or 1, D), image tokens X (B, 1 + M, D) -> representation z (B, D)."""
+        attention, V = self.attention_map(text, tokens), self.value(tokens)
+        Z = tokens.shape[1] * attention.unsqueeze(-1) * V  # (B, 1 + M, D) as in Figure 3; its mean is Eq. 7's sum
+        return self.blocks(Z).mean(dim=1)
+
+
+class Output(NamedTuple):
+    """What the losses need of one training batch."""
+
+    z: Tensor  # (B, D) the final representation
+    logits: Tensor  # (B, K)
+    image: Tensor  # (B, D) the global visual embedding v
+    text: Tensor | None  # (B, D) the text embedding l of each image's composed prompt
+    states: list[Tensor]  # the last three states of the visual encoder, each (B, W)
+
+
+class PromptSG(nn.Module):
+    """The paper's full model around a CLIP; the keyword arguments take parts of it away (Tables 3 to 5).
+
+    blocks: transformer blocks behind the cross-attention layer (Table 5: 0, 1 or 2).
+    interaction: without the interaction module, z is the visual embedding itself (Table 3 d; Table 5, first row).
+    inversion: without the inversion network, only the simplified prompt exists (Table 4, second row).
+    Without both, this is the baseline of Table 2: CLIP's visual encoder with ID and triplet loss.
+    """
+
+    def __init__(
+        self,
+        clip_model: CLIP,
+        num_identities: int,
+        *,
+        blocks: int = 2,
+        interaction: bool = True,
+        inversion: bool = True,
+    ):
+        super().__init__()
+        self.clip = clip_model
+        self.clip.requires_grad_(False)  # section 4: "the text encoder is frozen in our entire framework"
+        self.clip.visual.requires_grad_(True)
+        T, D = self.clip.text_projection.shape
+
+        word_std = self.clip.token_embedding.weight.std().item()
+        self.inversion = InversionNetwork(D, T, word_std) if inversion else None
+        self.interaction = InteractionModule(D, blocks) if interaction else None
+        self.bnneck = nn.BatchNorm1d(D)  # Luo et al. 2019, [24]: triplet loss before, ID loss and retrieval behind
+        self.bnneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(D, num_identities, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+        # S* takes the place of a word, here "x"; it follows "A photo of a", that is, stands where that text would end.
+        before_slot = tokenize(COMPOSED_PROMPT.split("S*")[0])
+        composed = tokenize(COMPOSED_PROMPT.replace("S*", "x"))
+        self.slot = before_slot.argmax().item()
+        self.end = composed.argmax().item()
+        self.register_buffer("composed_ids", composed[:, : self.end + 1], persistent=False)  # (1, 8)
+        with torch.no_grad():  # a frozen encoder gives a fixed text one feature for ever
+            self.register_buffer("simplified_text", self.clip.encode_text(tokenize(SIMPLIFIED_PROMPT)))  # (1, D)
+
+    def train(self, mode: bool = True) -> "PromptSG":
+        """Training mode for everything but the frozen text encoder."""
+        super().train(mode)
+        self.clip.eval()
+        self.clip.visual.train(mode)
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """CLIP's own tau of Eq. 1, frozen with it: 0.01 in OpenAI's weights."""
+        return 1 / self.clip.logit_scale.exp().item()
+
+    def compose(self, image: Tensor) -> Tensor:
+        """l = T("A photo of a S* person"), S* = f(v): visual embeddings (B, D) -> text embeddings (B, D).
+
+        The gradient passes through the frozen text encoder to S* and the inversion network.
+        """
+        B = len(image)
+        words = self.clip.token_embedding(self.composed_ids).expand(B, -1, -1)  # (B, L, T)
+        pseudo_word = self.inversion(image).unsqueeze(1).to(words.dtype)  # (B, 1, T)
+        words = torch.cat([words[:, : self.slot], pseudo_word, words[:, self.slot + 1 :]], dim=1)
+        end = torch.full((B,), self.end, device=image.device)
+        return self.clip.encode_embeddings(words, end)
+
+    def forward(self, images: Tensor) -> Output:
+        """Normalised images (B, 3, H, W) -> what the losses need; prompts are composed if the model has the network."""
+        features = self.clip.encode_image(images)
+        text = self.compose(features.embedding) if self.inversion else None
+        z = self.interact(features.tokens, self.simplified_text if text is None else text)
+        return Output(z, self.classifier(self.bnneck(z)), features.embedding, text, features.states)
+
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        """Image tokens (B, 1 + M, D), text (B or 1, D) -> z (B, D), which is v without the interaction module."""
+        return self.interaction(text, tokens) if self.interaction else tokens[:, 0]
+
+    def embed(self, images: Tensor, prompt: str = "composed") -> Tensor:
+        """Retrieval features: normalised images (B, 3, H, W) -> (B, D) of length 1. For a model in eval mode.
+
+        prompt: "composed" (accurate) or "simplified" (fast: its text feature is a constant).
+        Raises ValueError if it is another, or "composed" without an inversion network.
+        """
+        if prompt not in ("composed", "simplified"):
+            raise ValueError(f"prompt {prompt!r} does not exist: use 'composed' or 'simplified'")
+        if prompt == "composed" and self.inversion is None:
+            raise ValueError("this model was trained without an inversion network: use the simplified prompt")
+        features = self.clip.encode_image(images)
+        composed = prompt == "composed" and self.interaction is not None  # without the module no text is used
+        text = self.compose(features.embedding) if composed else self.simplified_text
+        return F.normalize(self.bnneck(self.interact(features.tokens, text)), dim=1)
+
+    def parameter_groups(self, visual_lr: float, new_lr: float) -> list[dict]:
+        """The learnable parameters as an optimizer takes them: CLIP's visual encoder, and all that is new."""
+        visual = list(self.clip.visual.parameters())
+        new = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("clip.")]
+        return [{"params": visual, "lr": visual_lr}, {"params": new, "lr": new_lr}]
+
+
+def count_learnable(model: nn.Module) -> int:
+    """Number of learnable parameters (Table 6's #Params)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
