@@ -13,7 +13,6 @@ import html
 import itertools
 import math
 import os
-import pickle
 import warnings
 import zipfile
 from functools import lru_cache
@@ -385,9 +384,13 @@ def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stri
         state_dict[name] = resize_positions(state_dict[name], model.grid)
         model.load_state_dict(state_dict)
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({reason})") from error
+        raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({one_line(error)})") from error
     return model.eval()
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of another library's message, fit to be part of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0) -> CLIP:
@@ -443,8 +446,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 state_dict = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no weight file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
+        raise ValueError(f"{path} is damaged or no weight file ({one_line(error)})") from error
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
         raise ValueError(f"{path} holds something else than a state dict: give OpenAI's .pt file")
     state_dict = {name: tensor.float() for name, tensor in state_dict.items()}
@@ -468,7 +471,7 @@ def download(name: str, folder: str | Path = CACHE) -> Path:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # to a temporary name, renamed when whole
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
-            f"could not download {url} ({error}): fetch it elsewhere and put it into {path.parent}, "
+            f"could not download {url} ({one_line(error)}): fetch it elsewhere and put it into {path.parent}, "
             "or give its path with --clip-weights"
         ) from error
     return path

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
@@ -146,8 +147,8 @@ def summary(dataset: Dataset) -> str:
         official_ids, official_images = OFFICIAL.get(dataset.name, {}).get(subset, (ids, images))
         if (ids, images) != (official_ids, official_images):
             lines.append(
-                f"warning: {dataset.name}'s {subset} should have {official_ids} ids and {official_images} images; "
-                f"{official_images - images:+d} images are missing: results will not compare with published ones"
+                f"warning: {dataset.name}'s {subset} should have {official_ids} ids and {official_images} images, "
+                f"not {ids} and {images}: results will not compare with published ones"
             )
     return "\n".join(lines)
 
@@ -430,8 +431,8 @@ def draw_sample(person: Person, camera: int, rng: random.Random) -> tuple[Image.
     tables = [min(255, round(value * gain * exposure)) for gain in gains for value in range(256)]
     picture = picture.point(tables).resize((128, 256), Image.Resampling.BOX)
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
-    noise = Image.effect_noise((128, 256), rng.uniform(4, 20)).convert("RGB")
-    picture = Image.blend(picture, noise, 0.12)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 7), (256, 128, 3))
+    picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
     return picture, mask.resize((128, 256), Image.Resampling.NEAREST)
 
 

@@ -6,7 +6,7 @@ python evaluate.py --prompt simplified               "A photo of a person" for e
 
 import argparse
 import json
-import pickle
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -118,8 +118,8 @@ def load_checkpoint(path: Path) -> dict:
         raise FileNotFoundError(f"no checkpoint {path}: give the path of a run's last.pt or best.pt, or train first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({clip.one_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "args"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by train.py: give the path of a run's last.pt or best.pt")
     return checkpoint
@@ -163,21 +163,24 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, fp32 on CPU")
-    parser.add_argument("--workers", type=int, default=min(8, torch.get_num_threads()), help="loader processes")
+    parser.add_argument("--workers", type=int, help="loader processes (default: up to 8 on CUDA, none on CPU)")
     parser.add_argument("--eval-batch-size", type=int, default=128, help="default: %(default)s")
 
 
 def check_machine_flags(args: argparse.Namespace) -> None:
-    """Fills in --precision. ValueError if the device is not there or a number makes no sense."""
+    """Fills in --precision and --workers. ValueError if the device is not there or a number makes no sense."""
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not usable here ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"--device {args.device} is not usable here ({clip.one_line(error)})") from error
+    on_cpu = torch.device(args.device).type == "cpu"
+    if args.workers is None:
+        args.workers = 0 if on_cpu else min(8, os.cpu_count())  # on a CPU they would only compete with the model
+    if args.precision is None:
+        args.precision = "fp32" if on_cpu else "bf16"
     if args.workers < 0 or args.eval_batch_size < 1:
         raise ValueError("--workers must be at least 0 and --eval-batch-size at least 1")
-    if args.precision is None:
-        args.precision = "bf16" if torch.device(args.device).type == "cuda" else "fp32"
-    if args.precision == "fp16" and torch.device(args.device).type == "cpu":
+    if args.precision == "fp16" and on_cpu:
         raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
     torch.set_float32_matmul_precision("high")
 
@@ -201,8 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     check_machine_flags(args)
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)

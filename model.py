@@ -46,7 +46,7 @@ class InteractionModule(nn.Module):
         self.blocks = nn.Sequential(*(ResidualAttentionBlock(dim, heads(dim), blocks) for _ in range(blocks)))
 
     def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
-        """Softmax(Q K^T / sqrt(d)) of Eq. 7, over image tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
+        """Softmax(Q K^T / sqrt d) of Eq. 7, over the tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
         Q = self.query(text).unsqueeze(-1)  # (B or 1, D, 1)
         K = self.key(tokens)  # (B, 1 + M, D)
         scores = (K @ Q).squeeze(-1) / K.shape[-1] ** 0.5

@@ -28,7 +28,7 @@ from model import PromptSG, count_learnable
 
 BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
-TINY_DEFAULTS = {"epochs": 32, "decay_every": 24, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
+TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
 # No weight depends on these flags, so that a run may be resumed with others.
 MACHINE_FLAGS = ("data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every")
 
@@ -263,8 +263,8 @@ def score(model: PromptSG, dataset: data.Dataset, epoch: int, args: argparse.Nam
     return {"mAP": result["mAP"], "rank1": result["rank1"]}
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     check_args(args)
     checkpoint = find_run(args)
     dataset = data.load_dataset(args.dataset, args.data_root)

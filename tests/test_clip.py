@@ -1,0 +1,245 @@
+"""clip.py against OpenAI's own code.
+
+The expected numbers were recorded once from github.com/openai/CLIP: token ids from simple_tokenizer.py, features from
+model.py's `build_model` holding the weights and reading the inputs of openai_format.py, in single precision.
+"""
+
+import hashlib
+
+import openai_format
+import pytest
+import torch
+from openai_format import SMALL_RESNET, SMALL_VIT, TOKEN_IDS, formula_images, shapes_of, small_weights, write_archive
+
+import clip
+
+TOKENS = {
+    "A photo of a person": [320, 1125, 539, 320, 2533],
+    "": [],
+    "  A   photo\tof\n a  person  ": [320, 1125, 539, 320, 2533],
+    "café Zürich naïve": [15304, 89, 6522, 4021, 1097, 35689, 563],
+    "Ångström Ø": [23176, 10352, 807, 7255, 332, 45598],
+    "&lt;b&gt;bold&lt;/b&gt; &amp;amp; more": [283, 321, 285, 8911, 34308, 321, 285, 261, 750],
+    "it's they're I'd we'll won't": [585, 568, 889, 982, 328, 1896, 649, 1342, 1749, 713],
+    "👩\u200d👩\u200d👧 🙂🙂": [26304, 26304, 964, 356, 32006, 14860],
+    "hello!!!...???": [3306, 11194, 3002, 3824],
+    "12345 3.14": [272, 273, 274, 275, 276, 274, 269, 272, 275],
+    "日本語テキスト": [39121, 44353, 34002, 252, 2429, 228, 47121, 32421, 486],
+    "don’t “quote”": [847, 713, 257, 4020, 257],
+    "<|startoftext|> in a text <|endoftext|>": [49406, 530, 320, 4160, 49407],
+    "&lt": [283],
+    "x_y-z@a.b": [343, 318, 344, 268, 345, 287, 320, 269, 321],
+    "Ünïcödé\u00a0space": [6522, 77, 35689, 66, 7255, 67, 4166, 2138],
+    "a" * 40: [23126, 23126, 23126, 23126, 6727, 19336],
+    "ﬁne ﬂow": [3797, 5608],
+    "schÃ¶n": [844, 7255, 333],
+}
+# Every twelfth of 96 numbers.
+TEXT_FEATURES = [
+    [0.76457, 0.27123, 0.02574, 0.55829, 1.05258, 0.00248, -0.25156, -0.87202],
+    [0.7188, 0.60331, 0.33532, -0.16477, -0.01152, -0.5258, -0.52209, -1.06616],
+    [0.73814, 0.71226, -0.26875, 0.32055, 1.09126, -0.80588, 0.53291, -0.99147],
+]
+IMAGE_FEATURES = {
+    "vit": [
+        [-0.87051, -0.29916, 0.01203, 0.49935, 0.18379, 1.00501, -1.29757, 0.8388],
+        [-0.71575, -0.31629, -0.32865, 0.52997, 0.22595, 1.2374, -1.12549, 0.75504],
+    ],
+    "resnet": [
+        [12.17573, 28.78486, 1.59063, 16.48761, -19.26616, 25.22763, 3.488, -11.52325],
+        [-1.50023, 8.69683, -4.61412, 13.7491, -9.29454, 15.76978, 3.43607, -2.45317],
+    ],
+}
+# sha256 of the sorted lines "name shape" of the original models' state dicts.
+LAYOUTS = {
+    "ViT-B/16": "a8f7047243e613f7be6d3166dda68bd84df4eb075659f4dc9cb0bfca9a8dbea9",
+    "RN50": "e5f0681b1583add73e23651791dfe72e2792dc6805a3584dfc6ea62490330233",
+}
+CONFIGS = {"vit": SMALL_VIT, "resnet": SMALL_RESNET}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    return {name: write_archive(small_weights(config), folder / f"{name}.pt") for name, config in CONFIGS.items()}
+
+
+@pytest.mark.parametrize("text", TOKENS)
+def test_token_ids_are_the_originals(text):
+    tokens = clip.tokenize(text)
+    assert tokens.shape == (1, 77) and tokens.dtype == torch.long
+    expected = [49406, *TOKENS[text], 49407]
+    assert tokens[0].tolist() == expected + [0] * (77 - len(expected))
+
+
+def test_tokenize_refuses_a_text_that_is_too_long():
+    with pytest.raises(ValueError, match="79 tokens long"):
+        clip.tokenize("person " * 77)
+    assert clip.tokenize("person " * 75)[0, -1] == 49407
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_are_the_originals(kind, archives):
+    model = clip.load(archives[kind], image_size=(64, 64), last_stride=2)
+    with torch.no_grad():
+        features = model.encode_image(formula_images(64, 64))
+        text = model.encode_text(TOKEN_IDS)
+    torch.testing.assert_close(features.embedding[:, ::12], torch.tensor(IMAGE_FEATURES[kind]), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(text[:, ::12], torch.tensor(TEXT_FEATURES), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(features.tokens[:, 0], features.embedding)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_dict_has_the_originals_names_and_shapes(name):
+    with torch.device("meta"):
+        model = clip.CLIP(**clip.ARCHITECTURES[name], image_size=(224, 224), last_stride=2)
+    lines = sorted(f"{key} {shape}" for key, shape in shapes_of(model).items())
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == LAYOUTS[name]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tokens_and_states_at_person_size(kind, archives):
+    model = clip.load(archives[kind])
+    with torch.no_grad():
+        features = model.encode_image(formula_images(256, 128))
+    assert model.grid == (16, 8)
+    assert features.embedding.shape == (2, 96)
+    assert features.tokens.shape == (2, 1 + 16 * 8, 96)
+    widths = {"vit": [128, 128, 128], "resnet": [128, 256, 96]}
+    assert [state.shape for state in features.states] == [(2, width) for width in widths[kind]]
+
+
+def test_vit_states_are_the_class_token_of_the_last_three_blocks(archives):
+    model = clip.load(archives["vit"])
+    seen = []
+    for block in model.visual.transformer.resblocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
+    states = model.encode_image(formula_images(256, 128)).states
+    assert len(seen) == 4
+    for state, expected in zip(states, seen[1:]):
+        assert torch.equal(state, expected)
+
+
+def test_attention_pool_at_every_position_is_attention_by_definition(archives):
+    """softmax(q k^T / sqrt d) v for every query, in a loop over heads; CLIP itself asks for position 0 only."""
+    pool = clip.load(archives["resnet"]).visual.attnpool
+    feature_map = openai_format.formula("feature map", (1, 256, 16, 8)).float()
+    with torch.no_grad():
+        tokens = pool(feature_map)[0]
+        x = feature_map[0].flatten(1).T
+        x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding
+        q, k, v = pool.q_proj(x), pool.k_proj(x), pool.v_proj(x)
+        heads = [slice(64 * i, 64 * i + 64) for i in range(4)]
+        mixed = [(q[:, h] @ k[:, h].T / 8).softmax(dim=1) @ v[:, h] for h in heads]
+        expected = pool.c_proj(torch.cat(mixed, dim=1))
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_text_only_up_to_its_end_is_exact(archives):
+    """Truncated to the last end token, or all 77 positions: the same features."""
+    model = clip.load(archives["vit"])
+    ids = torch.zeros(3, 77, dtype=torch.long)
+    ids[:, : TOKEN_IDS.shape[1]] = TOKEN_IDS
+    with torch.no_grad():
+        short = model.encode_text(ids)
+        whole = model.encode_embeddings(model.token_embedding(ids), ids.argmax(dim=1))
+    torch.testing.assert_close(short, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_dict_loads_like_the_archive(archives, tmp_path):
+    torch.save(small_weights(SMALL_VIT), tmp_path / "weights.pt")
+    torch.save(small_weights(SMALL_VIT), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    expected = clip.load(archives["vit"]).state_dict()
+    for name in ("weights.pt", "old.pt"):
+        loaded = clip.load(tmp_path / name).state_dict()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_position_embedding_is_resized_and_its_class_row_kept():
+    grid = torch.arange(16.0).view(4, 4)
+    positions = torch.cat([torch.full((1, 1), 99.0), grid.view(16, 1)])
+    assert torch.equal(clip.resize_positions(positions, (4, 4)), positions)
+    resized = clip.resize_positions(positions, (8, 4))
+    assert resized.shape == (33, 1) and resized[0] == 99
+    rows = resized[1:].view(8, 4)
+    torch.testing.assert_close(rows.mean(), grid.mean())
+    assert (rows.diff(dim=0) > -0.5).all() and (rows.diff(dim=1) > 0).all()  # still growing downwards and to the right
+
+
+def test_untrained_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    a, b = clip.untrained("tiny", seed=1).state_dict(), clip.untrained("tiny", seed=1).state_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["visual.proj"], clip.untrained("tiny", seed=2).visual.proj)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_weights_that_are_no_clip_are_refused(archives, tmp_path):
+    weights = small_weights(SMALL_VIT)
+    bad = {
+        "other.pt": {"weight": torch.zeros(3)},
+        "missing.pt": {name: tensor for name, tensor in weights.items() if name != "visual.ln_post.bias"},
+        "extra.pt": {**weights, "visual.unknown": torch.zeros(3)},
+        "shape.pt": {**weights, "visual.proj": torch.zeros(128, 95)},
+        "object.pt": {"epoch": 3},
+    }
+    for name, content in bad.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "half.pt").write_bytes(archives["vit"].read_bytes()[:100_000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not a weight file")
+    for name in (*bad, "half.pt", "empty.pt", "text.pt"):
+        with pytest.raises(ValueError, match=name) as error:
+            clip.load(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="--clip-weights"):
+        clip.load(tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match="does not divide"):
+        clip.load(archives["vit"], image_size=(250, 128))
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Weights at an address whose folder is their sha256, as OpenAI's; returns the file served."""
+    content = b"pretend weights" * 1000
+    folder = tmp_path / "server" / hashlib.sha256(content).hexdigest()
+    folder.mkdir(parents=True)
+    (folder / "small.pt").write_bytes(content)
+    monkeypatch.setitem(clip.URLS, "small", (folder / "small.pt").as_uri())
+    return folder / "small.pt"
+
+
+def test_download_is_checked_and_kept(server, tmp_path, capsys):
+    path = clip.download("small", tmp_path / "cache")
+    assert path.read_bytes() == server.read_bytes()
+    assert [file.name for file in path.parent.iterdir()] == ["small.pt"]
+    assert "Downloading" in capsys.readouterr().out
+    server.unlink()
+    assert clip.download("small", tmp_path / "cache") == path  # the second time from the cache
+
+
+def test_download_with_a_wrong_hash_leaves_nothing(server, tmp_path):
+    server.write_bytes(b"something else")
+    with pytest.raises(ConnectionError, match="invalid hash"):
+        clip.download("small", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cached_file_with_a_wrong_hash_is_not_loaded(server, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "small.pt").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="sha256 is wrong"):
+        clip.download("small", tmp_path / "cache")
+
+
+def test_no_network_says_what_to_do(server, tmp_path):
+    server.unlink()
+    with pytest.raises(ConnectionError) as error:
+        clip.download("small", tmp_path / "cache")
+    message = str(error.value)
+    assert clip.URLS["small"] in message and str(tmp_path / "cache") in message and "--clip-weights" in message
+    assert "\n" not in message

@@ -1,0 +1,134 @@
+"""Every loss against a plain loop over the printed equation, in double precision."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+import losses
+from model import Output
+
+# Numbers of positives: equal, unequal, and an identity with a single picture.
+BATCHES = [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 2], [3, 1, 3, 3, 2, 1, 7, 3, 2]]
+
+
+def features(rows: int, seed: int, width: int = 16) -> torch.Tensor:
+    return torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sim(a, b) -> float:
+    return cosine_similarity(a, b, dim=0).item()
+
+
+def log_ratio(anchors, candidates, n: int, p: int, tau: float) -> float:
+    """log( exp(sim(a_n, c_p) / tau) / sum_i exp(sim(a_n, c_i) / tau) ), the term in Eqs. 2, 3, 5 and 6."""
+    denominator = sum(math.exp(sim(anchors[n], candidate) / tau) for candidate in candidates)
+    return math.log(math.exp(sim(anchors[n], candidates[p]) / tau) / denominator)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
+def test_contrastive_loss_is_eqs_2_and_3(tau):
+    v, l, N = features(7, 1), features(7, 2), 7
+    i2t = -sum(log_ratio(v, l, n, n, tau) for n in range(N)) / N
+    t2i = -sum(log_ratio(l, v, n, n, tau) for n in range(N)) / N
+    assert losses.contrastive_loss(v, l, tau).item() == pytest.approx(i2t + t2i, abs=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
+@pytest.mark.parametrize("ids", BATCHES)
+def test_supcon_loss_is_eqs_4_to_6(ids, tau):
+    N = len(ids)
+    v, l = features(N, 1), features(N, 2)
+
+    def direction(anchors, candidates):
+        total = 0.0
+        for n in range(N):
+            for p in range(N):
+                if ids[p] == ids[n]:
+                    total -= log_ratio(anchors, candidates, n, p, tau)
+        return total / N
+
+    labels = torch.tensor(ids)
+    assert losses.supcon_direction(v, l, labels, tau).item() == pytest.approx(direction(v, l), abs=1e-6)
+    assert losses.supcon_direction(l, v, labels, tau).item() == pytest.approx(direction(l, v), abs=1e-6)
+    expected = direction(v, l) + direction(l, v)
+    assert losses.supcon_loss(v, l, labels, tau).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_supcon_of_different_identities_is_the_contrastive_loss():
+    v, l = features(6, 1), features(6, 2)
+    expected = losses.contrastive_loss(v, l, 0.07)
+    torch.testing.assert_close(losses.supcon_loss(v, l, torch.arange(6), 0.07), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_identity_loss_is_eq_8(smoothing):
+    N, K = 5, 9
+    logits, labels = features(N, 3, K), torch.tensor([4, 0, 8, 4, 2])
+    total = 0.0
+    for n in range(N):
+        denominator = sum(math.exp(logit) for logit in logits[n])
+        for j in range(K):
+            y = (1 - smoothing) * (j == labels[n].item()) + smoothing / K
+            total -= y * math.log(math.exp(logits[n, j]) / denominator)
+    assert losses.identity_loss(logits, labels, smoothing).item() == pytest.approx(total / N, abs=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3, 10.0])
+@pytest.mark.parametrize("ids", BATCHES)
+def test_triplet_loss_is_eq_9_with_the_hardest_of_the_batch(ids, margin):
+    N = len(ids)
+    f = features(N, 4)
+    total = 0.0
+    for a in range(N):
+        distances = [math.sqrt(sum((x - y) ** 2 for x, y in zip(f[a].tolist(), f[b].tolist()))) for b in range(N)]
+        d_p = max(distances[b] for b in range(N) if ids[b] == ids[a])
+        d_n = min(distances[b] for b in range(N) if ids[b] != ids[a])
+        total += max(d_p - d_n + margin, 0)
+    loss = losses.triplet_loss(f, torch.tensor(ids), margin)
+    assert loss.item() == pytest.approx(total / N, abs=1e-6)
+
+
+def test_triplet_gradient_is_finite_where_pictures_coincide():
+    f = torch.ones(4, 8, requires_grad=True)
+    losses.triplet_loss(f, torch.tensor([0, 0, 1, 1])).backward()
+    assert f.grad.isfinite().all()
+
+
+@pytest.fixture
+def output() -> Output:
+    z, v, l = (features(7, seed).float() for seed in (1, 2, 3))
+    return Output(z, features(7, 4, 5).float(), v, l, [features(7, seed, 32).float() for seed in (5, 6, 7)])
+
+
+def test_total_is_eq_10(output):
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    terms = losses.promptsg_loss(output, labels, 0.07, supcon_weight=0.5, margin=0.3, label_smoothing=0.1)
+    triplet = sum(losses.triplet_loss(x, labels, 0.3) for x in (output.z, *output.states))
+    assert terms["loss_triplet"] == triplet
+    assert terms["loss_id"] == losses.identity_loss(output.logits, labels, 0.1)
+    assert terms["loss_supcon"] == losses.supcon_loss(output.image, output.text, labels, 0.07)
+    expected = terms["loss_triplet"] + terms["loss_id"] + 0.5 * terms["loss_supcon"]
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_directions_and_the_prompt_can_be_left_out(output):
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    without_i2t = losses.promptsg_loss(output, labels, 0.07, i2t=False)["loss_supcon"]
+    without_t2i = losses.promptsg_loss(output, labels, 0.07, t2i=False)["loss_supcon"]
+    assert without_i2t == losses.supcon_direction(output.text, output.image, labels, 0.07)
+    assert without_t2i == losses.supcon_direction(output.image, output.text, labels, 0.07)
+    assert losses.promptsg_loss(output._replace(text=None), labels, 0.07)["loss_supcon"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_computed_in_single_precision_at_least(dtype):
+    f, l, labels = features(8, 1).to(dtype), features(8, 2).to(dtype), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    for loss in (
+        losses.supcon_loss(f, l, labels, 0.01),
+        losses.contrastive_loss(f, l, 0.01),
+        losses.triplet_loss(f, labels),
+        losses.identity_loss(f, labels),
+    ):
+        assert loss.dtype == torch.float32 and loss.shape == ()

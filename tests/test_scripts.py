@@ -1,0 +1,228 @@
+"""train.py and evaluate.py as a user runs them: from the command line, on the drawn demo data."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from openai_format import SMALL_VIT, small_weights, write_archive
+from PIL import Image
+
+import evaluate
+import train
+
+QUICK = "--dataset synthetic --backbone tiny --epochs 2 --batch-ids 8 --eval-every 1"
+
+
+def run_process(script: str, arguments: str, folder, *more) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments.split(), *map(str, more)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=170)
+
+
+def run(script: str, arguments: str, folder, *more) -> subprocess.CompletedProcess:
+    """The same without starting Python and importing torch anew, which takes seconds."""
+    main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
+    argv, out, error, status, before = [*arguments.split(), *map(str, more)], io.StringIO(), "", 0, os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out):
+            evaluate.exit_on_error(lambda: main(argv))
+    except SystemExit as stop:
+        error, status = str(stop.code), 1
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), error)
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that says these words; not a traceback; exit status not 0."""
+    assert result.returncode not in (0, None), result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, demo_root):
+    """A folder in which train.py has run for two epochs, and what it printed."""
+    folder = tmp_path_factory.mktemp("work")
+    result = run_process("train.py", QUICK, folder, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+# ------------------------------------------------------------------------------------------------- it works
+
+
+def test_training_prints_what_a_reader_needs(trained):
+    _, text = trained
+    for word in (
+        "# ids",
+        "learnable parameters",
+        "untrained",
+        "epoch 2/2  step",
+        "loss ",
+        "triplet ",
+        "id ",
+        "supcon ",
+    ):
+        assert word in text
+    for word in ("accuracy ", "images/s", "lr 2.0e-04/1.0e-03", " left", "mAP ", "Rank-1 ", "Rank-5 ", "Rank-10 "):
+        assert word in text
+
+
+def test_a_run_holds_checkpoints_log_and_settings(trained):
+    run_folder = trained[0] / "runs" / "synthetic-tiny"
+    assert sorted(path.name for path in run_folder.iterdir()) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
+    records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert set(records[0]) == {"epoch", "mAP", "rank1"}
+    names = "epoch loss loss_triplet loss_id loss_supcon accuracy lr images_per_second mAP rank1"
+    assert set(records[2]) == set(names.split())
+    terms = records[1]["loss_triplet"] + records[1]["loss_id"] + 0.5 * records[1]["loss_supcon"]
+    assert records[1]["loss"] == pytest.approx(terms, rel=1e-5)
+    assert records[2]["loss"] < records[1]["loss"]
+    settings = json.loads((run_folder / "args.json").read_text())
+    assert settings["seed"] == 0 and settings["torch"] == torch.__version__ and "train.py" in settings["command"]
+
+
+@pytest.mark.parametrize("prompt", ["composed", "simplified"])
+def test_evaluate_needs_no_other_flag_than_the_prompt(trained, demo_root, prompt):
+    folder, _ = trained
+    result = run_process("evaluate.py", f"--prompt {prompt} --json score.json", folder, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint runs/synthetic-tiny/last.pt" in result.stdout
+    score = json.loads((folder / "score.json").read_text())
+    assert set(score) == {"mAP", "rank1", "rank5", "rank10", "images_per_second", "prompt", "dataset", "checkpoint"}
+    assert (score["prompt"], score["dataset"]) == (prompt, "synthetic")
+    last = json.loads((folder / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()[-1])
+    if prompt == "composed":
+        assert score["mAP"] == pytest.approx(last["mAP"], abs=1e-6)  # what training printed at its end
+    for words in (f"mAP {score['mAP']:.1%}", "Rank-1", "Rank-5", "Rank-10", "images/s"):
+        assert words in result.stdout
+
+
+def test_resume_goes_on_where_the_run_stopped(trained, demo_root, tmp_path):
+    """Two epochs at once, or one and then one: the same weights and the same log."""
+    first = QUICK.replace("--epochs 2", "--epochs 1 --decay-every 30")
+    shutil.copytree(trained[0] / "runs", tmp_path / "whole")
+    assert run("train.py", first, tmp_path, "--data-root", demo_root).returncode == 0
+    checkpoint = torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)
+    checkpoint["args"]["epochs"] = 2  # as if the run of two epochs had been cut off after one
+    torch.save(checkpoint, tmp_path / "runs/synthetic-tiny/last.pt")
+    result = run("train.py", QUICK + " --decay-every 30 --resume", tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    whole = torch.load(tmp_path / "whole/synthetic-tiny/last.pt", weights_only=True)["model"]
+    parts = torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)["model"]
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logs = [(tmp_path / folder / "synthetic-tiny/log.jsonl").read_text().splitlines() for folder in ("whole", "runs")]
+    for one, other in zip(*logs, strict=True):
+        one, other = ({k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (one, other))
+        assert one == other
+
+
+def test_training_learns(demo_root, tmp_path):
+    """Twelve short epochs on 20 people lift the score on six unseen ones far above the untrained model's."""
+    arguments = "--dataset synthetic --backbone tiny --batch-ids 8 --epochs 12 --decay-every 9 --eval-every 12"
+    result = run("train.py", arguments, tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()]
+    assert records[-1]["accuracy"] > 2 * records[1]["accuracy"]
+    assert records[-1]["mAP"] > records[0]["mAP"] + 0.15
+
+
+def test_training_starts_from_openais_archive_on_anybodys_pictures(demo_root, tmp_path):
+    weights = small_weights(dict(SMALL_VIT, vocab_size=49408))
+    archive = write_archive(weights, tmp_path / "ViT.pt")
+    arguments = "--dataset folder --backbone vit --batch-ids 4 --epochs 1 --steps 2 --eval-every 0 --image-size 64 32"
+    more = ("--data-root", demo_root / "synthetic", "--clip-weights", archive)
+    result = run("train.py", arguments, tmp_path, *more)
+    assert result.returncode == 0, result.stderr
+    trained = torch.load(tmp_path / "runs/folder-vit/last.pt", weights_only=True)["model"]
+    assert torch.equal(trained["clip.token_embedding.weight"], weights["token_embedding.weight"])
+    change = (trained["clip.visual.conv1.weight"] - weights["visual.conv1.weight"]).abs().max()
+    assert 0 < change < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_missing_dataset(tmp_path):
+    refused(
+        run_process("train.py", "--dataset market1501 --clip-weights random", tmp_path), "market1501 is not under data"
+    )
+
+
+def test_an_unreadable_picture_stops_training_by_name(demo_root, tmp_path):
+    shutil.copytree(demo_root, tmp_path / "data")
+    for path in (tmp_path / "data/synthetic/bounding_box_train").iterdir():
+        path.write_bytes(b"")
+    arguments = QUICK + " --eval-every 0 --workers "
+    for workers in ("0", "1"):
+        refused(run("train.py", arguments + workers, tmp_path), "cannot read the picture", ".jpg")
+
+
+def test_no_such_checkpoint(trained, tmp_path):
+    refused(run_process("evaluate.py", "--checkpoint nowhere.pt", tmp_path), "no checkpoint nowhere.pt")
+    refused(run("evaluate.py", "", tmp_path), "no run in runs/ yet")
+    refused(run("train.py", QUICK + " --resume", tmp_path), "no checkpoint runs/synthetic-tiny/last.pt")
+
+
+def test_a_checkpoint_that_is_none(trained, demo_root, tmp_path):
+    whole = (trained[0] / "runs/synthetic-tiny/last.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    for name, words in (("half.pt", "damaged"), ("picture.png", "damaged"), ("other.pt", "not written by train.py")):
+        result = run("evaluate.py", f"--checkpoint {name}", tmp_path, "--data-root", demo_root)
+        refused(result, name, words)
+
+
+def test_a_checkpoint_of_another_backbone(trained, tmp_path):
+    arguments = "--dataset synthetic --backbone vit --clip-weights random --resume --output"
+    refused(run("train.py", arguments, trained[0], "runs/synthetic-tiny"), "was trained with --backbone tiny, not vit")
+
+
+def test_another_run_is_not_overwritten(trained, demo_root):
+    refused(run("train.py", QUICK, trained[0], "--data-root", demo_root), "holds a run", "--resume", "--overwrite")
+
+
+def test_too_few_identities_for_a_batch(demo_root, tmp_path):
+    arguments = "--dataset synthetic --backbone tiny --batch-ids 21"
+    refused(run("train.py", arguments, tmp_path, "--data-root", demo_root), "needs 21 identities, the data has 20")
+
+
+def test_a_weight_file_that_is_missing_or_wrong(demo_root, tmp_path):
+    arguments = "--dataset synthetic --backbone vit --batch-ids 8 --clip-weights"
+    refused(run("train.py", arguments + " none.pt", tmp_path, "--data-root", demo_root), "no weight file none.pt")
+    (tmp_path / "wrong.pt").write_text("something")
+    refused(run("train.py", arguments + " wrong.pt", tmp_path, "--data-root", demo_root), "wrong.pt is damaged")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--epochs 0", "--epochs must be more than 0"),
+        ("--lr-new nan", "--lr-new must be more than 0"),
+        ("--temperature 0", "--temperature must be more than 0"),
+        ("--margin -1", "--margin must be at least 0"),
+        ("--label-smoothing 1", "--label-smoothing must be less than 1"),
+        ("--device cuda:99", "--device cuda:99 is not usable here"),
+        ("--device gpu", "--device gpu is not usable here"),
+        ("--workers -1", "--workers must be at least 0"),
+        ("--precision fp16 --device cpu", "--precision fp16 needs CUDA"),
+        ("--image-size 100 64", "does not divide by 16"),
+        ("--baseline --without-i2t", "--baseline has neither prompts nor interaction module"),
+        ("--train-prompt simplified --without-t2i", "no SupCon loss"),
+        ("--without-interaction --blocks 1", "without --blocks"),
+    ],
+)
+def test_flags_that_make_no_sense(demo_root, tmp_path, flags, words):
+    refused(run("train.py", f"{QUICK} {flags}", tmp_path, "--data-root", demo_root), words)
