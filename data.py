@@ -33,6 +33,7 @@ class Sample(NamedTuple):
 
 class Dataset(NamedTuple):
     name: str
+    folder: Path
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
@@ -62,6 +63,7 @@ FOLDERS = {
     "synthetic": ("synthetic",),
     "folder": ("",),
 }
+NAMES = [name for name in FOLDERS if name != "cuhk03-detected"]  # which --cuhk03-detected asks for
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
 MSMT17_NAME = re.compile(r"\d+/\d+_\d+_(\d+)_.*\.(jpg|jpeg|png)", re.IGNORECASE)
@@ -76,13 +78,13 @@ def load_dataset(name: str, root: str | Path = "data") -> Dataset:
     root = Path(root)
     if name == "synthetic" and not (root / "synthetic").exists():
         draw_synthetic(root / "synthetic")
-    read = read_msmt17 if name == "msmt17" else read_market
-    train, query, gallery = read(find_folder(name, root))
+    folder = find_folder(name, root)
+    train, query, gallery = (read_msmt17 if name == "msmt17" else read_market)(folder)
     for subset, samples in (("train", train), ("query", query), ("gallery", gallery)):
         if not samples:
             raise ValueError(f"no pictures of {name}'s {subset} subset under {root}: unpack the dataset again")
     labels = {pid: label for label, pid in enumerate(sorted({sample.pid for sample in train}))}
-    return Dataset(name, [sample._replace(pid=labels[sample.pid]) for sample in train], query, gallery)
+    return Dataset(name, folder, [sample._replace(pid=labels[sample.pid]) for sample in train], query, gallery)
 
 
 def find_folder(name: str, root: Path) -> Path:
@@ -123,6 +125,8 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
     """MSMT17 V1 (train, test) or V2 (mask_train_v2, mask_test_v2) by its list files; train is train + val."""
     train_folder = next(path for path in (folder / "train", folder / "mask_train_v2") if path.exists())
     test_folder = folder / train_folder.name.replace("train", "test")
+    if not test_folder.is_dir():
+        raise FileNotFoundError(f"MSMT17's {test_folder} is missing: unpack the dataset again")
 
     def read_list(name: str, pictures: Path) -> list[Sample]:
         if not (folder / name).is_file():
@@ -130,7 +134,10 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
         samples = []
         for line in (folder / name).read_text().splitlines():
             path, pid = line.rsplit(maxsplit=1)
-            samples.append(Sample(pictures / path, int(pid), int(MSMT17_NAME.fullmatch(path)[1])))
+            match = MSMT17_NAME.fullmatch(path)
+            if not match:
+                raise ValueError(f"{folder / name} has a line not of MSMT17's pattern: {line!r}")
+            samples.append(Sample(pictures / path, int(pid), int(match[1])))
         return samples
 
     train = read_list("list_train.txt", train_folder) + read_list("list_val.txt", train_folder)
@@ -139,7 +146,7 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
 
 def summary(dataset: Dataset) -> str:
     """The table the field expects, with a warning for every subset that differs from the published counts."""
-    lines = [f"{dataset.name:<16} | # ids | # images | # cameras"]
+    lines = [f"{dataset.name}, read from {dataset.folder}", "subset           | # ids | # images | # cameras"]
     for subset in ("train", "query", "gallery"):
         samples = getattr(dataset, subset)
         ids, images = len({sample.pid for sample in samples}), len(samples)

@@ -7,6 +7,7 @@ python evaluate.py --prompt simplified               "A photo of a person" for e
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -103,6 +104,31 @@ def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Na
     return {"mAP": metrics["mAP"], **ranks, "images_per_second": len(samples) / seconds}
 
 
+@torch.inference_mode()
+def measure_speed(model: PromptSG, args: argparse.Namespace, repetitions: int = 5) -> dict[str, float]:
+    """Images a second of Table 5: the visual encoder alone, and with the text features of either prompt (model only,
+    the pictures already on the device). The three take turns, and the medians count, so that a busy machine is fair.
+    """
+    device, dtype = torch.device(args.device), PRECISIONS[args.precision]
+    batch = 32 if device.type == "cpu" else args.eval_batch_size
+    images = torch.randn(batch, 3, *args.image_size, device=device)
+    ways = {
+        "visual encoder": lambda: model.clip.encode_image(images).embedding,
+        "simplified": lambda: model.embed(images, "simplified"),
+        "composed": lambda: model.embed(images, "composed"),
+    }
+    if model.inversion is None:
+        del ways["composed"]
+    seconds = {name: [] for name in ways}
+    for _ in range(1 + repetitions):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                way().sum().item()  # waits for the device
+            seconds[name].append(time.perf_counter() - start)
+    return {name: batch / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+
+
 def describe(result: dict) -> str:
     """One line for people."""
     ranks = "  ".join(f"Rank-{k} {result[f'rank{k}']:.1%}" for k in (1, 5, 10))
@@ -160,6 +186,7 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py and evaluate.py share: where the data are and what to compute with."""
+    parser.add_argument("--cuhk03-detected", action="store_true", help="CUHK03-NP's detected boxes, not the labeled")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, fp32 on CPU")
@@ -168,11 +195,15 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_machine_flags(args: argparse.Namespace) -> None:
-    """Fills in --precision and --workers. ValueError if the device is not there or a number makes no sense."""
+    """Fills in --precision and --workers, applies --cuhk03-detected. ValueError for an impossible device or number."""
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not usable here ({clip.one_line(error)})") from error
+    if args.cuhk03_detected:
+        if args.dataset not in ("cuhk03", "cuhk03-detected"):
+            raise ValueError("--cuhk03-detected goes with --dataset cuhk03")
+        args.dataset = "cuhk03-detected"
     on_cpu = torch.device(args.device).type == "cpu"
     if args.workers is None:
         args.workers = 0 if on_cpu else min(8, os.cpu_count())  # on a CPU they would only compete with the model
@@ -198,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a trained PromptSG.")
     parser.add_argument("--checkpoint", type=Path, help="default: last.pt of the newest run in runs/")
     parser.add_argument("--prompt", choices=("composed", "simplified"), help="default: composed, if the model can")
-    parser.add_argument("--dataset", choices=data.FOLDERS, help="default: the one it was trained on")
+    parser.add_argument("--dataset", choices=data.NAMES, help="default: the one it was trained on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     add_machine_flags(parser)
     return parser.parse_args(argv)
@@ -219,6 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     print(data.summary(dataset))
     result = score(model, dataset, args.prompt, args)
     print(f"{args.dataset}, {args.prompt} prompt: {describe(result)}")
+    speeds = measure_speed(model, args)
+    alone = speeds["visual encoder"]
+    table = [f"{name} {speed:.0f} images/s ({speed / alone:.2f}x)" for name, speed in speeds.items()]
+    print(f"the model alone (Table 5): {', '.join(table)}")
     if args.json:
         report = {**result, "prompt": args.prompt, "dataset": args.dataset, "checkpoint": str(path)}
         args.json.write_text(json.dumps(report, indent=2) + "\n")

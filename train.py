@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Train PromptSG.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", choices=data.FOLDERS, default="market1501", help="synthetic is drawn on the spot")
+    add("--dataset", choices=data.NAMES, default="market1501", help="synthetic is drawn on the spot")
     add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo")
     add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random' (default: downloaded on first use)")
     add("--output", type=Path, help="folder of the run (default: runs/DATASET-BACKBONE)")
@@ -87,12 +87,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.backbone == "tiny":
         parser.set_defaults(**TINY_DEFAULTS)
         args = parser.parse_args(argv)
-    args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """ValueError, in one line, for what cannot be."""
+    """Fills in the defaults that depend on other flags. ValueError, in one line, for what cannot be."""
     positive = "epochs batch_ids batch_images decay_every decay_factor lr_visual lr_new temperature steps log_every"
     for name in positive.split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
@@ -113,6 +112,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.without_i2t and args.without_t2i:
         raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
     evaluate.check_machine_flags(args)
+    args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
 
 
 # --------------------------------------------------------------------------------------------------- a run
@@ -127,6 +127,8 @@ def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
             print("WARNING: CLIP starts from RANDOM weights (--clip-weights random): the results will mean nothing")
     else:
         clip_model = clip.load(args.clip_weights or name, tuple(args.image_size))
+        if isinstance(clip_model.visual, clip.VisionTransformer) != (name == "ViT-B/16"):
+            raise ValueError(f"--clip-weights {args.clip_weights} are not those of --backbone {args.backbone}")
     torch.manual_seed(args.seed)
     return PromptSG(clip_model, num_identities, **evaluate.ablations(args))
 
@@ -291,12 +293,14 @@ def main(argv: list[str] | None = None) -> None:
     elif args.eval_every:
         write_log({"epoch": 0, **score(model, dataset, 0, args)}, args)
 
+    seconds = 0.0
     for epoch in range(done + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # each epoch has its own seed, so that one can start anywhere
         sampler.set_epoch(epoch)
-        learning_rate = optimizer.param_groups[1]["lr"]
+        learning_rate, start = optimizer.param_groups[1]["lr"], time.perf_counter()
         progress = Progress(epoch, args.epochs, min(len(sampler), args.steps or len(sampler)), args.log_every)
         means = train_epoch(model, loader, optimizer, scaler, progress, args)
+        seconds += time.perf_counter() - start
         scheduler.step()
         record = {"epoch": epoch, **means, "lr": learning_rate, "images_per_second": progress.images_per_second()}
 
@@ -310,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
             state[name] = part.state_dict()
         save({**state, "best": best}, args.output / "last.pt")
         write_log(record, args)
+    print(f"training time (Table 6): {seconds:.0f} s for {args.epochs - done} epochs, without scoring")
     print(f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}")
 
 

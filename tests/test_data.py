@@ -96,8 +96,9 @@ def test_summary_counts_and_warns_of_what_is_missing(tmp_path):
     market_tree(tmp_path / "market1501")
     dataset = data.load_dataset("market1501", tmp_path)
     lines = data.summary(dataset).splitlines()
-    assert [part.strip() for part in lines[1].split("|")] == ["train", "2", "3", "3"]
-    assert "should have 751 ids and 12936 images, not 2 and 3" in lines[2]
+    assert lines[0] == f"market1501, read from {tmp_path / 'market1501'}"
+    assert [part.strip() for part in lines[2].split("|")] == ["train", "2", "3", "3"]
+    assert "should have 751 ids and 12936 images, not 2 and 3" in lines[3]
     whole = [Sample(tmp_path, i % 751, 1) for i in range(12936)]
     assert "train should" not in data.summary(dataset._replace(train=whole))
     assert "warning" not in data.summary(dataset._replace(name="folder"))

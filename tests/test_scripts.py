@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from openai_format import SMALL_VIT, small_weights, write_archive
+from openai_format import SMALL_RESNET, SMALL_VIT, small_weights, write_archive
 from PIL import Image
 
 import evaluate
@@ -138,17 +138,77 @@ def test_training_learns(demo_root, tmp_path):
     assert records[-1]["mAP"] > records[0]["mAP"] + 0.15
 
 
-def test_training_starts_from_openais_archive_on_anybodys_pictures(demo_root, tmp_path):
-    weights = small_weights(dict(SMALL_VIT, vocab_size=49408))
-    archive = write_archive(weights, tmp_path / "ViT.pt")
-    arguments = "--dataset folder --backbone vit --batch-ids 4 --epochs 1 --steps 2 --eval-every 0 --image-size 64 32"
+# ----------------------------------------------------------------------------------- backbones and ablations
+
+# Flags of a row; whether it has the interaction module, how many blocks, the inversion network, and a SupCon loss.
+ROWS = {
+    "Table 3 a": ("", True, 2, True, True),
+    "Table 3 b": ("--without-i2t", True, 2, True, True),
+    "Table 3 c": ("--without-t2i", True, 2, True, True),
+    "Table 3 d": ("--without-interaction", False, 0, True, True),
+    "Table 4, w/o composed": ("--train-prompt simplified", True, 2, False, False),
+    "Table 5, + 1 cross": ("--blocks 0", True, 0, True, True),
+    "Table 5, + 1 self": ("--blocks 1", True, 1, True, True),
+    "Table 2, baseline": ("--baseline", False, 0, False, False),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_tables_trains_its_own_parts(demo_root, tmp_path, row):
+    flags, interaction, blocks, inversion, supcon = ROWS[row]
+    arguments = f"--dataset synthetic --backbone tiny --epochs 1 --steps 2 --batch-ids 8 --eval-every 0 {flags}"
+    args = train.parse_args(arguments.split())
+    torch.manual_seed(0)
+    before = train.build_model(args, 20).state_dict()
+    result = run("train.py", arguments, tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "runs/synthetic-tiny/last.pt"
+    after = torch.load(checkpoint, weights_only=True)["model"]
+
+    names = [name for name in after if not name.startswith("clip.")]
+    assert any(name.startswith("inversion.") for name in names) == inversion
+    assert any(name.startswith("interaction.query") for name in names) == interaction
+    assert len({name.split(".")[2] for name in names if name.startswith("interaction.blocks.")}) == blocks
+    frozen = [name for name in before if name.startswith("clip.") and not name.startswith("clip.visual.")]
+    for name in before:
+        kept = name in frozen or name in ("simplified_text", "bnneck.bias")
+        if name != "interaction.key.bias":  # which softmax cancels out
+            assert torch.equal(before[name], after[name]) == kept, name
+    log = json.loads((tmp_path / "runs/synthetic-tiny/log.jsonl").read_text())
+    assert (log["loss_supcon"] > 0) == supcon
+
+    result = run("evaluate.py", "", tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0 and "simplified" in result.stdout, result.stderr
+    result = run("evaluate.py", "--prompt composed", tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0 if inversion else "use the simplified prompt" in result.stderr
+
+
+@pytest.mark.parametrize("backbone, config", [("vit", SMALL_VIT), ("resnet", SMALL_RESNET)])
+def test_both_backbones_train_score_and_resume_from_openais_archives(demo_root, tmp_path, backbone, config):
+    weights = small_weights(dict(config, vocab_size=49408))
+    archive = write_archive(weights, tmp_path / "CLIP.pt")
+    arguments = f"--dataset folder --backbone {backbone} --batch-ids 4 --epochs 1 --steps 2 --image-size 64 32"
     more = ("--data-root", demo_root / "synthetic", "--clip-weights", archive)
     result = run("train.py", arguments, tmp_path, *more)
     assert result.returncode == 0, result.stderr
-    trained = torch.load(tmp_path / "runs/folder-vit/last.pt", weights_only=True)["model"]
-    assert torch.equal(trained["clip.token_embedding.weight"], weights["token_embedding.weight"])
-    change = (trained["clip.visual.conv1.weight"] - weights["visual.conv1.weight"]).abs().max()
+    checkpoint = tmp_path / f"runs/folder-{backbone}/last.pt"
+    trained = torch.load(checkpoint, weights_only=True)
+    assert torch.equal(trained["model"]["clip.token_embedding.weight"], weights["token_embedding.weight"])
+    change = (trained["model"]["clip.visual.conv1.weight"] - weights["visual.conv1.weight"]).abs().max()
     assert 0 < change < 1e-4
+
+    trained["args"]["epochs"] = 2  # as if it had been cut off after the first epoch
+    torch.save(trained, checkpoint)
+    result = run("train.py", arguments.replace("--epochs 1", "--epochs 2 --resume"), tmp_path, *more)
+    assert result.returncode == 0 and "epoch 2/2" in result.stdout, result.stderr
+    result = run("evaluate.py", "--data-root", tmp_path, demo_root / "synthetic")
+    assert result.returncode == 0 and f"{backbone} trained on folder, epoch 2" in result.stdout, result.stderr
+
+
+def test_weights_of_the_other_backbone(demo_root, tmp_path):
+    archive = write_archive(small_weights(dict(SMALL_RESNET, vocab_size=49408)), tmp_path / "RN.pt")
+    arguments = "--dataset synthetic --backbone vit --batch-ids 8 --clip-weights"
+    refused(run("train.py", arguments, tmp_path, archive, "--data-root", demo_root), "not those of --backbone vit")
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -222,6 +282,8 @@ def test_a_weight_file_that_is_missing_or_wrong(demo_root, tmp_path):
         ("--baseline --without-i2t", "--baseline has neither prompts nor interaction module"),
         ("--train-prompt simplified --without-t2i", "no SupCon loss"),
         ("--without-interaction --blocks 1", "without --blocks"),
+        ("--without-i2t --without-t2i", "use --supcon-weight 0"),
+        ("--cuhk03-detected", "goes with --dataset cuhk03"),
     ],
 )
 def test_flags_that_make_no_sense(demo_root, tmp_path, flags, words):
