@@ -5,10 +5,9 @@ A reader turns an owner's folder into a Dataset of three lists of Samples. In a 
 """
 
 import math
-import os
 import random
 import re
-import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -447,28 +446,30 @@ def draw_synthetic(folder: Path, train_ids: int = 128, test_ids: int = 48, pictu
     """Draws the demo data in Market-1501's layout, with the visible person of every picture in `masks`.
 
     Each identity has `pictures` pictures, spread over four cameras; of a test identity, one a camera is a query. A
-    sixth of the gallery are distractors (identity 0). The folder appears when it is whole.
+    sixth of the gallery are distractors (identity 0). The folder appears when it is whole, and if two processes draw
+    it at once, the first one's stays.
     """
-    cameras = 4
     print(f"Drawing the demo data in {folder}: {train_ids} + {test_ids} identities x {pictures} pictures")
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for subfolder in (*MARKET_FOLDERS.values(), "masks"):
-        (unfinished / subfolder).mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cameras = 4
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="drawing-") as temporary:
+        unfinished = Path(temporary) / folder.name
+        for subfolder in (*MARKET_FOLDERS.values(), "masks"):
+            (unfinished / subfolder).mkdir(parents=True)
 
-    def save(pid: int, number: int, person: Person, subfolder: str) -> None:
-        camera = number % cameras + 1
-        rng = random.Random(f"{seed} picture {pid} {number}")
-        picture, mask = draw_sample(person, camera, rng)
-        name = f"{pid:04d}_c{camera}s1_{number:06d}_00"
-        picture.save(unfinished / subfolder / f"{name}.jpg", quality=90)
-        mask.save(unfinished / "masks" / f"{name}.png")
+        def save(pid: int, number: int, person: Person, subfolder: str) -> None:
+            camera = number % cameras + 1
+            picture, mask = draw_sample(person, camera, random.Random(f"{seed} picture {pid} {number}"))
+            name = f"{pid:04d}_c{camera}s1_{number:06d}_00"
+            picture.save(unfinished / subfolder / f"{name}.jpg", quality=90)
+            mask.save(unfinished / "masks" / f"{name}.png")
 
-    for pid in range(1, train_ids + test_ids + 1):
-        person = random_person(random.Random(f"{seed} person {pid}"))
-        for number in range(pictures):
-            test_subfolder = "query" if number < cameras else "bounding_box_test"
-            save(pid, number, person, "bounding_box_train" if pid <= train_ids else test_subfolder)
-    for number in range(test_ids * (pictures - cameras) // 5):
-        save(0, number, random_person(random.Random(f"{seed} distractor {number}")), "bounding_box_test")
-    os.replace(unfinished, folder)
+        for pid in range(1, train_ids + test_ids + 1):
+            person = random_person(random.Random(f"{seed} person {pid}"))
+            for number in range(pictures):
+                test_subfolder = "query" if number < cameras else "bounding_box_test"
+                save(pid, number, person, "bounding_box_train" if pid <= train_ids else test_subfolder)
+        for number in range(test_ids * (pictures - cameras) // 5):
+            save(0, number, random_person(random.Random(f"{seed} distractor {number}")), "bounding_box_test")
+        if not folder.exists():
+            unfinished.rename(folder)
