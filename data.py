@@ -7,7 +7,9 @@ A reader turns an owner's folder into a Dataset of three lists of Samples. In a 
 import math
 import random
 import re
+import signal
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,12 +165,20 @@ def summary(dataset: Dataset) -> str:
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as RGB at (height, width): uint8 (3, H, W). OSError names the file if it can't be read."""
+    """A picture file of any mode as RGB at (height, width): uint8 (3, H, W).
+
+    Sixteen bits of grey become eight. OSError names the file if it can't be read, or has over 89 million pixels, where
+    Pillow suspects a bomb.
+    """
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if picture.mode.startswith("I"):
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             pixels = v2.functional.pil_to_tensor(picture.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise whatever they like on broken files
-        raise OSError(f"cannot read the picture {path} ({error}): replace it or take it out") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"cannot read the picture {path} ({reason}): replace it or take it out") from error
     return v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -198,14 +208,17 @@ def normalize(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- sampler and loaders
 
 
-class PKSampler(Sampler[list[int]]):
+class PKSampler(Sampler[list[tuple[int, int]]]):
     """Batches of P identities x K pictures ("16 identities with 4 images per identity", section 5.1).
+
+    A picture is its index and the seed of its augmentation, so that no result depends on the number of loader
+    processes, and an epoch may be taken up in its middle.
 
     An epoch follows the RandomIdentitySampler of the bag-of-tricks baseline [24]: each identity's pictures, shuffled,
     are dealt into groups of K (an identity with fewer repeats some; the last incomplete group is left out); each batch
     takes one group of P random identities that have one left; the epoch ends when fewer than P identities have.
 
-    `len` is the true number of batches. The same seed and epoch give the same batches.
+    `len` is the true number of batches, skipped ones included. The same seed and epoch give the same batches.
     Raises ValueError if there are fewer than P identities.
     """
 
@@ -220,8 +233,8 @@ class PKSampler(Sampler[list[int]]):
         self.num_ids, self.num_images, self.seed = num_ids, num_images, seed
         self.set_epoch(1)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Deals the batches of an epoch."""
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Deals the batches of an epoch, of which iteration leaves out the first `skip`."""
         rng = random.Random(f"{self.seed} {epoch}")
         groups = {}
         for pid, indices in self.indices.items():
@@ -237,40 +250,62 @@ class PKSampler(Sampler[list[int]]):
                 batch += groups[pid].pop()
                 if not groups[pid]:
                     del groups[pid]
-            self.batches.append(batch)
+            self.batches.append([(index, rng.getrandbits(63)) for index in batch])
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches[self.skip :])
 
 
 class Pictures(torch.utils.data.Dataset):
     """Samples as (uint8 picture (3, H, W), pid)."""
 
-    def __init__(self, samples: list[Sample], size: tuple[int, int], transform: v2.Transform | None = None):
-        self.samples, self.size, self.transform = samples, size, transform
+    def __init__(self, samples: list[Sample], size: tuple[int, int]):
+        self.samples, self.size = samples, size
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        sample = self.samples[index]
-        picture = read_picture(sample.path, self.size)
-        return (self.transform(picture) if self.transform else picture), sample.pid
+        return read_picture(self.samples[index].path, self.size), self.samples[index].pid
+
+
+class AugmentedPictures(Pictures):
+    """The same, augmented; indexed as PKSampler does, by index and seed."""
+
+    def __init__(self, samples: list[Sample], size: tuple[int, int]):
+        super().__init__(samples, size)
+        self.augment = augmentation(size)
+
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = index_and_seed
+        picture, pid = super().__getitem__(index)
+        torch.default_generator.manual_seed(seed)  # the generator that torchvision's transforms draw from
+        return self.augment(picture), pid
+
+
+def leave_signals_to_trainer(worker: int) -> None:
+    """A loader process goes on at Ctrl-C, which reaches it too, and ends when train.py ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(pictures: Pictures, workers: int, **batches) -> DataLoader:
+    pin = torch.cuda.is_available()
+    return DataLoader(pictures, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals_to_trainer, **batches)
 
 
 def train_loader(samples: list[Sample], sampler: PKSampler, size: tuple[int, int], workers: int) -> DataLoader:
     """Augmented batches (images uint8 (P * K, 3, H, W), labels (P * K,)) in the sampler's order."""
-    pictures = Pictures(samples, size, augmentation(size))
-    return DataLoader(pictures, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return make_loader(AugmentedPictures(samples, size), workers, batch_sampler=sampler)
 
 
 def test_loader(samples: list[Sample], size: tuple[int, int], batch_size: int, workers: int) -> DataLoader:
     """Batches (images uint8 (B, 3, H, W), pids (B,)) in the order of `samples`."""
-    pictures = Pictures(samples, size)
-    return DataLoader(pictures, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return make_loader(Pictures(samples, size), workers, batch_size=batch_size)
 
 
 # ---------------------------------------------------------------------------------- demo data, drawn by us

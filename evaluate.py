@@ -21,6 +21,7 @@ import clip
 import data
 from model import PromptSG
 
+CHECKPOINT_VERSION = 1
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,8 +39,10 @@ def rank_metrics(
     among the first k. AP is the mean, over the right pictures, of the precision at their rank. Of equally similar
     pictures the wrong ones come first, so that no order of the gallery can flatter a model.
 
-    Raises ValueError if no query has a right picture in the gallery.
+    Raises ValueError if no query has a right picture in the gallery, or if a feature is not finite.
     """
+    if not (query.isfinite().all() and gallery.isfinite().all()):
+        raise ValueError("features with NaN or infinite values cannot be ranked: the model has diverged")
     # Sorted by identity, a query's candidates lie side by side.
     order = gallery_ids.argsort(stable=True)
     order = order[gallery_ids[order] != data.JUNK]
@@ -146,21 +149,29 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
         raise ValueError(f"{path} is damaged or no checkpoint of train.py ({clip.one_line(error)})") from error
-    if not isinstance(checkpoint, dict) or not {"model", "args"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or "version" not in checkpoint:
         raise ValueError(f"{path} was not written by train.py: give the path of a run's last.pt or best.pt")
+    if checkpoint["version"] != CHECKPOINT_VERSION:
+        raise ValueError(
+            f"{path} is of version {checkpoint['version']}, this code reads {CHECKPOINT_VERSION}: train anew"
+        )
     return checkpoint
 
 
 def restore_model(checkpoint: dict) -> PromptSG:
-    """The model of a checkpoint, in eval mode; its sizes are read off the weights."""
+    """The model of a checkpoint, in eval mode; its sizes are read off the weights.
+
+    Raises ValueError if the weights do not fit the settings saved with them.
+    """
     weights, settings = checkpoint["model"], checkpoint["args"]
     clip_weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
-    model = PromptSG(
-        clip.build(clip_weights, tuple(settings["image_size"])),
-        num_identities=len(weights["classifier.weight"]),
-        **ablations(argparse.Namespace(**settings)),
-    )
-    model.load_state_dict(weights)
+    try:
+        clip_model = clip.build(clip_weights, tuple(settings["image_size"]))
+        num_identities = len(weights["classifier.weight"])
+        model = PromptSG(clip_model, num_identities, **ablations(argparse.Namespace(**settings)))
+        model.load_state_dict(weights)
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's weights do not fit its settings ({clip.one_line(error)})") from error
     return model.eval()
 
 

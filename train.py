@@ -5,12 +5,14 @@ python train.py --dataset msmt17 --backbone vit              the paper's run
 """
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 import clip
 import data
@@ -115,7 +118,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
 
 
-# --------------------------------------------------------------------------------------------------- a run
+# ----------------------------------------------------------------------------------------------- the model
 
 
 def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
@@ -133,52 +136,66 @@ def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
     return PromptSG(clip_model, num_identities, **evaluate.ablations(args))
 
 
+# ------------------------------------------------------------------------------------------- the update
+
+
+TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
+
+
 class Progress:
-    """The means of an epoch's loss terms, kept on the device and read only where a line is printed."""
+    """The loss terms of an epoch: kept on the device, read and checked where a line is printed (on a CPU at once)."""
 
-    def __init__(self, epoch: int, epochs: int, steps: int, log_every: int):
-        self.epoch, self.epochs, self.steps, self.log_every = epoch, epochs, steps, log_every
-        self.start, self.step, self.images, self.sums = time.perf_counter(), 0, 0, {}
+    def __init__(self, run: "Run", steps: int, log_every: int):
+        self.run, self.steps, self.log_every = run, steps, log_every
+        self.step, self.unread, self.images, self.start = run.step, [], 0, time.perf_counter()
 
-    def update(self, images: int, terms: dict[str, Tensor], learning_rates: list[float]) -> None:
+    def update(self, images: int, terms: dict[str, Tensor]) -> None:
         self.step += 1
         self.images += images
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        if self.step % self.log_every == 0 or self.step == self.steps:
-            self.print_line(learning_rates)
+        self.unread.append(torch.stack([terms[name].detach() for name in TERMS]))
+        is_line = self.step % self.log_every == 0 or self.step == self.steps
+        if is_line or self.unread[0].device.type == "cpu":
+            self.read()
+        if is_line:
+            print(self.line(), flush=True)
+
+    def read(self) -> None:
+        """Adds the unread steps to the run's sums. FloatingPointError at the first step with a term not finite."""
+        for row in torch.stack(self.unread).tolist():
+            bad = [name for name, value in zip(TERMS, row) if not math.isfinite(value)]
+            if bad:
+                raise FloatingPointError(self.run.step + 1, bad)
+            self.run.sums = [total + value for total, value in zip(self.run.sums, row)]
+            self.run.step += 1
+        self.unread.clear()
 
     def means(self) -> dict[str, float]:
-        """Means over the steps so far. ValueError names the terms that are not finite."""
-        means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.step).tolist()))
-        if not all(map(math.isfinite, means.values())):
-            values = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-            raise ValueError(f"not finite by epoch {self.epoch}, step {self.step}: {values}; use a smaller --lr-visual")
-        return means
+        return {name: total / self.run.step for name, total in zip(TERMS, self.run.sums)}
 
     def images_per_second(self) -> float:
         return self.images / (time.perf_counter() - self.start)
 
-    def print_line(self, learning_rates: list[float]) -> None:
-        means, seconds = self.means(), time.perf_counter() - self.start
-        steps_left = (self.epochs - self.epoch + 1) * self.steps - self.step
-        minutes, rest = divmod(round(seconds / self.step * steps_left), 60)
-        print(
-            f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  loss {means['loss']:.3f}"
+    def line(self) -> str:
+        run, means = self.run, self.means()
+        epochs_left = run.args.epochs - run.epoch
+        images_left = (epochs_left * self.steps - self.step) * run.args.batch_ids * run.args.batch_images
+        minutes, seconds = divmod(round(images_left / self.images_per_second()), 60)
+        return (
+            f"epoch {run.epoch + 1}/{run.args.epochs}  step {self.step}/{self.steps}  loss {means['loss']:.3f}"
             f"  triplet {means['loss_triplet']:.3f}  id {means['loss_id']:.3f}  supcon {means['loss_supcon']:.3f}"
             f"  accuracy {means['accuracy']:.1%}  {self.images_per_second():.0f} images/s"
-            f"  lr {'/'.join(f'{lr:.1e}' for lr in learning_rates)}  {minutes}:{rest:02d} left",
-            flush=True,
+            f"  lr {'/'.join(f'{lr:.1e}' for lr in run.learning_rates())}  {minutes}:{seconds:02d} left"
         )
 
 
-def train_epoch(model, loader, optimizer, scaler, progress: Progress, args: argparse.Namespace) -> dict[str, float]:
-    """One epoch of at most args.steps steps; the means of the loss terms, by name."""
+def train_epoch(run: "Run", loader: DataLoader, progress: Progress, stop: "Stop") -> None:
+    """The steps of one epoch that are left, or until a signal says stop."""
+    model, args = run.model, run.args
     device, dtype = torch.device(args.device), evaluate.PRECISIONS[args.precision]
     temperature = args.temperature or model.temperature
     directions = {"i2t": not args.without_i2t, "t2i": not args.without_t2i}
     model.train()
-    for images, labels in itertools.islice(loader, args.steps):
+    for images, labels in itertools.islice(loader, progress.steps - progress.step):
         images = data.normalize(images.to(device, non_blocking=True))  # (B, 3, H, W)
         labels = labels.to(device, non_blocking=True)  # (B,)
 
@@ -187,21 +204,95 @@ def train_epoch(model, loader, optimizer, scaler, progress: Progress, args: argp
         terms = losses.promptsg_loss(
             output, labels, temperature, args.supcon_weight, args.margin, args.label_smoothing, **directions
         )
-        optimizer.zero_grad()
-        scaler.scale(terms["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        run.optimizer.zero_grad()
+        run.scaler.scale(terms["loss"]).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
 
         terms["accuracy"] = (output.logits.argmax(dim=1) == labels).float().mean()
-        progress.update(len(images), terms, [group["lr"] for group in optimizer.param_groups])
-    return progress.means()
+        progress.update(len(images), terms)
+        if stop.signal:
+            break
+    if progress.unread:
+        progress.read()
 
 
-def save(value: dict, path: Path) -> None:
-    """Writes beside and renames, so that a checkpoint is whole or absent."""
+# ------------------------------------------------------------------------------------------- what survives
+
+
+class Run:
+    """All that a run must remember to go on as if it had never stopped.
+
+    No state of a random generator is among it: the weights are drawn from the seed, and each epoch's batches and
+    augmentations from the seed and the epoch's number.
+    """
+
+    def __init__(self, model: PromptSG, args: argparse.Namespace):
+        self.model, self.args = model, args
+        self.optimizer = torch.optim.Adam(
+            model.parameter_groups(args.lr_visual, args.lr_new), weight_decay=args.weight_decay
+        )
+        self.scheduler = StepLR(self.optimizer, args.decay_every, args.decay_factor)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+        self.epoch = 0  # whole epochs done
+        self.step, self.sums = 0, [0.0] * len(TERMS)  # steps done of the next, and their loss terms, summed
+        self.best, self.log = 0.0, []
+
+    def learning_rates(self) -> list[float]:
+        """Of the visual encoder and of the new modules."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values only, so that it loads with weights_only=True."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler", "scaler")}
+        progress = {name: getattr(self, name) for name in ("epoch", "step", "sums", "best", "log")}
+        return {"version": evaluate.CHECKPOINT_VERSION, "args": settings_of(self.args), **state, **progress}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("optimizer", "scheduler", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("epoch", "step", "sums", "best", "log"):
+            setattr(self, name, state[name])
+
+    def save(self) -> None:
+        write_whole(self.state_dict(), self.args.output / "last.pt")
+
+    def record(self, **values: float) -> None:
+        """Adds a line to the log."""
+        self.log.append(values)
+        with (self.args.output / "log.jsonl").open("a") as log:
+            log.write(json.dumps(values) + "\n")
+
+
+def write_whole(value: dict, path: Path) -> None:
+    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room."""
     unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(value, unfinished)
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path} ({clip.one_line(error)}): make room and go on with --resume; "
+            "what was saved before is whole"
+        ) from error
+
+
+class Stop:
+    """Takes SIGINT (Ctrl-C) and SIGTERM as a wish to finish the step, save and end. A second one ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: finishing the step", flush=True)
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -228,41 +319,71 @@ def find_run(args: argparse.Namespace) -> dict | None:
     return checkpoint
 
 
-def open_run(args: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Makes the run's folder, writes args.json, and leaves in log.jsonl only the epochs of the checkpoint."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+def open_folder(run: Run) -> None:
+    """Makes the run's folder, clears it of another run, and writes args.json and the log up to where the run stands."""
+    folder = run.args.output
+    folder.mkdir(parents=True, exist_ok=True)
+    if not run.args.resume:
+        for name in ("last.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run.log))
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
     about = {
         "command": shlex.join(sys.argv),
-        "commit": git.stdout.strip() or None,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
+        **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
+        "processor": torch.cuda.get_device_name() if run.args.device.startswith("cuda") else platform.machine(),
     }
-    (args.output / "args.json").write_text(json.dumps({**settings_of(args), **about}, indent=2) + "\n")
-    log, lines = args.output / "log.jsonl", []
-    if checkpoint:
-        lines = [line for line in log.read_text().splitlines(True) if json.loads(line)["epoch"] <= checkpoint["epoch"]]
-    else:
-        for name in ("last.pt", "best.pt"):
-            (args.output / name).unlink(missing_ok=True)
-    log.write_text("".join(lines))
+    (folder / "args.json").write_text(json.dumps({**settings_of(run.args), **about}, indent=2) + "\n")
 
 
-def write_log(record: dict, args: argparse.Namespace) -> None:
-    with (args.output / "log.jsonl").open("a") as log:
-        log.write(json.dumps(record) + "\n")
+# -------------------------------------------------------------------------------------------------- the run
 
 
-def score(model: PromptSG, dataset: data.Dataset, epoch: int, args: argparse.Namespace) -> dict:
-    """Prints the score on the test split, with the prompt trained with; returns what belongs into the log."""
-    prompt = "composed" if model.inversion else "simplified"
-    result = evaluate.score(model, dataset, prompt, args)
-    name = f"epoch {epoch}" if epoch else "untrained"
+def score(run: Run, dataset: data.Dataset) -> dict:
+    """Prints the score on the test split, with the prompt trained with; keeps the best; returns what is logged."""
+    prompt = "composed" if run.model.inversion else "simplified"
+    result = evaluate.score(run.model, dataset, prompt, run.args)
+    name = f"epoch {run.epoch}" if run.epoch else "untrained"
     print(f"{name}, {prompt} prompt: {evaluate.describe(result)}", flush=True)
+    if run.epoch and result["mAP"] > run.best:
+        run.best = result["mAP"]
+        best = {name: value for name, value in run.state_dict().items() if name != "optimizer"}
+        write_whole(best, run.args.output / "best.pt")
     return {"mAP": result["mAP"], "rank1": result["rank1"]}
+
+
+def train(run: Run, dataset: data.Dataset, loader: DataLoader, sampler: data.PKSampler, stop: Stop) -> None:
+    """The epochs that are left; returns early, with everything saved, if a signal said stop."""
+    args, seconds, first = run.args, 0.0, run.epoch
+    while run.epoch < args.epochs and not stop.signal:
+        sampler.set_epoch(run.epoch + 1, skip=run.step)
+        progress = Progress(run, min(len(sampler), args.steps or len(sampler)), args.log_every)
+        try:
+            train_epoch(run, loader, progress, stop)
+        except FloatingPointError as error:
+            step, bad = error.args
+            names = " ".join(dataset.train[index].path.name for index, _ in sampler.batches[step - 1])
+            raise ValueError(
+                f"{' and '.join(bad)} not finite at epoch {run.epoch + 1}, step {step}, learning rates "
+                f"{run.learning_rates()}: lower them or use --precision fp32; nothing was saved over. Batch: {names}"
+            ) from error
+        seconds += time.perf_counter() - progress.start
+        if run.step == progress.steps:
+            record = {
+                **progress.means(),
+                "lr": run.learning_rates()[1],
+                "images_per_second": progress.images_per_second(),
+            }
+            run.scheduler.step()
+            run.epoch, run.step, run.sums = run.epoch + 1, 0, [0.0] * len(TERMS)
+            if args.eval_every and (run.epoch % args.eval_every == 0 or run.epoch == args.epochs):
+                record |= score(run, dataset)
+            run.record(epoch=run.epoch, **record)
+        run.save()
+    print(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first} epochs, without scoring")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,46 +396,21 @@ def main(argv: list[str] | None = None) -> None:
     loader = data.train_loader(dataset.train, sampler, args.image_size, args.workers)
 
     model = evaluate.restore_model(checkpoint) if checkpoint else build_model(args, dataset.num_identities)
-    model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameter_groups(args.lr_visual, args.lr_new), weight_decay=args.weight_decay)
-    scheduler = StepLR(optimizer, args.decay_every, args.decay_factor)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    print(
-        f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}"
-    )
-
-    open_run(args, checkpoint)
-    done, best = 0, 0.0
+    run = Run(model.to(args.device), args)
     if checkpoint:
-        done, best = checkpoint["epoch"], checkpoint["best"]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    elif args.eval_every:
-        write_log({"epoch": 0, **score(model, dataset, 0, args)}, args)
+        run.load_state_dict(checkpoint)
+    millions = count_learnable(model) / 1e6
+    print(f"{millions:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}")
 
-    seconds = 0.0
-    for epoch in range(done + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 1_000_003 + epoch)  # each epoch has its own seed, so that one can start anywhere
-        sampler.set_epoch(epoch)
-        learning_rate, start = optimizer.param_groups[1]["lr"], time.perf_counter()
-        progress = Progress(epoch, args.epochs, min(len(sampler), args.steps or len(sampler)), args.log_every)
-        means = train_epoch(model, loader, optimizer, scaler, progress, args)
-        seconds += time.perf_counter() - start
-        scheduler.step()
-        record = {"epoch": epoch, **means, "lr": learning_rate, "images_per_second": progress.images_per_second()}
-
-        state = {"model": model.state_dict(), "epoch": epoch, "args": settings_of(args)}
-        if args.eval_every and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            record |= score(model, dataset, epoch, args)
-            if record["mAP"] > best:
-                best = record["mAP"]
-                save(state, args.output / "best.pt")
-        for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
-            state[name] = part.state_dict()
-        save({**state, "best": best}, args.output / "last.pt")
-        write_log(record, args)
-    print(f"training time (Table 6): {seconds:.0f} s for {args.epochs - done} epochs, without scoring")
+    open_folder(run)
+    stop = Stop()
+    if not checkpoint and args.eval_every:
+        run.record(epoch=0, **score(run, dataset))
+        run.save()
+    train(run, dataset, loader, sampler, stop)
+    if stop.signal:
+        print(f"saved in {args.output}; go on with the same command and --resume", flush=True)
+        sys.exit(128 + stop.signal)
     print(f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}")
 
 

@@ -141,16 +141,17 @@ def test_every_batch_is_16_identities_of_4_pictures():
     pids = pids_of(counts)
     sampler = PKSampler(pids)
     for batch in sampler:
-        per_identity = Counter(pids[index] for index in batch)
+        indices = [index for index, seed in batch]
+        per_identity = Counter(pids[index] for index in indices)
         assert len(batch) == 64 and len(per_identity) == 16 and set(per_identity.values()) == {4}
-        groups = [batch[start : start + 4] for start in range(0, 64, 4)]
+        groups = [indices[start : start + 4] for start in range(0, 64, 4)]
         assert all(len({pids[index] for index in group}) == 1 for group in groups)
 
 
 def test_pictures_repeat_only_where_an_identity_has_too_few():
     counts = {pid: 2 if pid < 3 else 9 for pid in range(20)}
     pids = pids_of(counts)
-    seen = Counter(index for batch in PKSampler(pids) for index in batch)
+    seen = Counter(index for batch in PKSampler(pids) for index, _ in batch)
     for index, times in seen.items():
         assert counts[pids[index]] == 2 or times == 1
 
@@ -164,7 +165,7 @@ def test_an_epoch_has_the_length_of_the_fields_sampler():
     left = Counter({pid: 2 for pid in range(32)})
     pids = pids_of({pid: 10 for pid in range(32)})
     for batch in batches:
-        left -= Counter({pids[index]: 1 for index in batch})
+        left -= Counter({pids[index]: 1 for index, _ in batch})
     assert len(left) < 16
     assert len(PKSampler(pids_of({pid: 7 for pid in range(16)}))) == 1  # 7 pictures are one group, 3 left out
 
@@ -179,6 +180,21 @@ def test_seed_and_epoch_decide_the_batches():
 
     assert epoch(3, 5) == epoch(3, 5)
     assert epoch(3, 5) != epoch(3, 6) and epoch(3, 5) != epoch(4, 5)
+
+
+def test_an_epoch_can_be_taken_up_in_its_middle(demo_root):
+    """The same pictures, augmented alike, however many loader processes there are."""
+    samples = data.load_dataset("synthetic", demo_root).train
+    sampler = PKSampler([sample.pid for sample in samples], num_ids=4, num_images=2)
+
+    def batches(skip, workers):
+        sampler.set_epoch(2, skip)
+        return list(data.train_loader(samples, sampler, (32, 16), workers))
+
+    whole, rest = batches(0, workers=0), batches(len(sampler) - 2, workers=1)
+    assert len(whole) == len(sampler) > 2 and len(rest) == 2
+    for (images, labels), (rest_images, rest_labels) in zip(whole[-2:], rest):
+        assert torch.equal(images, rest_images) and torch.equal(labels, rest_labels)
 
 
 def test_too_few_identities():

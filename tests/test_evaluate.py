@@ -1,5 +1,7 @@
 """rank_metrics against a scorer that follows the definition, picture by picture."""
 
+import random
+
 import pytest
 import torch
 
@@ -53,6 +55,26 @@ def test_rank_metrics_follow_the_definition(seed, ties):
     mean_average_precision, cmc = brute_force(*problem)
     assert metrics["mAP"] == pytest.approx(mean_average_precision, abs=1e-6)
     assert metrics["cmc"].tolist()[: len(cmc)] == pytest.approx(cmc[: len(metrics["cmc"])], abs=1e-6)
+
+
+def test_small_tables_at_random_are_scored_by_definition_or_refused():
+    """A hundred tables of a few people and cameras, many without any right picture."""
+    rng, refused = random.Random(0), 0
+    for _ in range(100):
+        Q, G, people, cameras = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 4), rng.randint(1, 3)
+        tables = [[rng.randint(low, people) for _ in range(n)] for low, n in ((1, Q), (-1, G))]
+        tables += [[rng.randint(1, cameras) for _ in range(n)] for n in (Q, G)]
+        features = [torch.tensor([[rng.choice([-1.0, 0.0, 1.0]) for _ in range(2)] for _ in range(n)]) for n in (Q, G)]
+        problem = (*features, *map(torch.tensor, tables))
+        try:
+            metrics = rank_metrics(*problem)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ZeroDivisionError):  # the definition has nothing to take the mean of
+                brute_force(*problem)
+        else:
+            assert metrics["mAP"] == pytest.approx(brute_force(*problem)[0], abs=1e-6)
+    assert 10 < refused < 90
 
 
 def test_a_small_case_by_hand():
