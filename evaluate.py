@@ -176,11 +176,12 @@ def restore_model(checkpoint: dict) -> PromptSG:
 
 
 def ablations(args: argparse.Namespace) -> dict:
-    """PromptSG's keyword arguments from train.py's flags."""
+    """PromptSG's keyword arguments, from train.py's flags."""
     return {
         "blocks": args.blocks,
         "interaction": not (args.baseline or args.without_interaction),
         "inversion": not args.baseline and args.train_prompt == "composed",
+        "composed_prompt": args.composed_prompt,
     }
 
 

@@ -76,6 +76,7 @@ class PromptSG(nn.Module):
     interaction: without the interaction module, z is the visual embedding itself (Table 3 d; Table 5, first row).
     inversion: without the inversion network, only the simplified prompt exists (Table 4, second row).
     Without both, this is the baseline of Table 2: CLIP's visual encoder with ID and triplet loss.
+    composed_prompt: the sentence around S*. ValueError if S* is not one of its words, or if it is too long for CLIP.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class PromptSG(nn.Module):
         blocks: int = 2,
         interaction: bool = True,
         inversion: bool = True,
+        composed_prompt: str = COMPOSED_PROMPT,
     ):
         super().__init__()
         self.clip = clip_model
@@ -101,10 +103,11 @@ class PromptSG(nn.Module):
         self.classifier = nn.Linear(D, num_identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
+        if composed_prompt.split().count("S*") != 1:
+            raise ValueError(f"the composed prompt {composed_prompt!r} must have S* as one of its words, once")
         # S* takes the place of a word, here "x"; it follows "A photo of a", that is, stands where that text would end.
-        before_slot = tokenize(COMPOSED_PROMPT.split("S*")[0])
-        composed = tokenize(COMPOSED_PROMPT.replace("S*", "x"))
-        self.slot = before_slot.argmax().item()
+        self.slot = tokenize(composed_prompt.split("S*")[0]).argmax().item()
+        composed = tokenize(composed_prompt.replace("S*", "x"))
         self.end = composed.argmax().item()
         self.register_buffer("composed_ids", composed[:, : self.end + 1], persistent=False)  # (1, 8)
         with torch.no_grad():  # a frozen encoder gives a fixed text one feature for ever

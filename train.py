@@ -27,7 +27,7 @@ import clip
 import data
 import evaluate
 import losses
-from model import PromptSG, count_learnable
+from model import COMPOSED_PROMPT, PromptSG, count_learnable
 
 BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
@@ -63,6 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay-every", type=int, default=20, help=f"epochs between two decays; tiny: {TINY_DEFAULTS['decay_every']}")
     add("--decay-factor", type=float, default=0.1, help="of both learning rates")
     add("--supcon-weight", type=float, default=0.5, help="lambda of Eq. 10")
+    add("--composed-prompt", metavar="TEXT", default=COMPOSED_PROMPT, help="section 4.1; S* is the pseudo-word")
 
     ours = parser.add_argument_group("not in the paper: chosen as the README says")
     add = ours.add_argument
@@ -84,6 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="stop each epoch after so many steps, to try things out")
     add("--eval-every", type=int, default=10, help="epochs between two scores; 0: never score")
     add("--log-every", type=int, default=20, help="steps between two lines")
+    add("--deterministic", action="store_true", help="bit for bit the same on CUDA, too, and slower")
     evaluate.add_machine_flags(parser)
 
     args = parser.parse_args(argv)
@@ -389,6 +391,9 @@ def train(run: Run, dataset: data.Dataset, loader: DataLoader, sampler: data.PKS
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_args(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     checkpoint = find_run(args)
     dataset = data.load_dataset(args.dataset, args.data_root)
     print(data.summary(dataset))

@@ -70,6 +70,15 @@ def test_s_star_takes_the_place_of_a_word(make_model, images):
     torch.testing.assert_close(text, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_without_one_slot_or_too_long_are_refused(make_model):
+    assert make_model(composed_prompt="S* walks").composed_ids.shape == (1, 4)
+    for prompt in ("A photo of a person", "S* and S*", "A photo of aS* person"):
+        with pytest.raises(ValueError, match=r"must have S\* as one of its words"):
+            make_model(composed_prompt=prompt)
+    with pytest.raises(ValueError, match="79 tokens long"):
+        make_model(composed_prompt="S*" + " person" * 76)
+
+
 def test_s_star_starts_out_the_size_of_a_word(make_model):
     model = make_model()
     pseudo_words = model.inversion(torch.randn(512, 128))

@@ -284,6 +284,7 @@ def test_a_weight_file_that_is_missing_or_wrong(demo_root, tmp_path):
         ("--without-interaction --blocks 1", "without --blocks"),
         ("--without-i2t --without-t2i", "use --supcon-weight 0"),
         ("--cuhk03-detected", "goes with --dataset cuhk03"),
+        ("--composed-prompt person", "must have S* as one of its words"),
     ],
 )
 def test_flags_that_make_no_sense(demo_root, tmp_path, flags, words):
