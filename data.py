@@ -7,6 +7,7 @@ A reader turns an owner's folder into a Dataset of three lists of Samples. In a 
 import math
 import random
 import re
+import shutil
 import signal
 import tempfile
 import warnings
@@ -274,17 +275,37 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class AugmentedPictures(Pictures):
-    """The same, augmented; indexed as PKSampler does, by index and seed."""
+    """The same, augmented; indexed as PKSampler does, by index and seed.
 
-    def __init__(self, samples: list[Sample], size: tuple[int, int]):
+    cache: keep every picture, decoded and resized, in memory that the loader processes share and fill as they go.
+    Raises ValueError, with the size, if that memory is not there.
+    """
+
+    def __init__(self, samples: list[Sample], size: tuple[int, int], cache: bool = False):
         super().__init__(samples, size)
         self.augment = augmentation(size)
+        self.cache = None
+        if cache:
+            needed, free = len(samples) * 3 * math.prod(size), shutil.disk_usage("/dev/shm").free
+            if needed > free:
+                raise ValueError(
+                    f"--cache needs {needed / 1e9:.1f} GB of shared memory, {free / 1e9:.1f} GB are free: leave it away"
+                )
+            print(f"caching {len(samples)} pictures takes {needed / 1e9:.1f} GB of shared memory")
+            self.cache = torch.empty(len(samples), 3, *size, dtype=torch.uint8).share_memory_()
+            self.is_cached = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = index_and_seed
-        picture, pid = super().__getitem__(index)
+        if self.cache is None:
+            picture = read_picture(self.samples[index].path, self.size)
+        else:
+            if not self.is_cached[index]:
+                self.cache[index] = read_picture(self.samples[index].path, self.size)
+                self.is_cached[index] = True
+            picture = self.cache[index]
         torch.default_generator.manual_seed(seed)  # the generator that torchvision's transforms draw from
-        return self.augment(picture), pid
+        return self.augment(picture), self.samples[index].pid
 
 
 def leave_signals_to_trainer(worker: int) -> None:
@@ -298,9 +319,11 @@ def make_loader(pictures: Pictures, workers: int, **batches) -> DataLoader:
     return DataLoader(pictures, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals_to_trainer, **batches)
 
 
-def train_loader(samples: list[Sample], sampler: PKSampler, size: tuple[int, int], workers: int) -> DataLoader:
+def train_loader(
+    samples: list[Sample], sampler: PKSampler, size: tuple[int, int], workers: int, cache: bool = False
+) -> DataLoader:
     """Augmented batches (images uint8 (P * K, 3, H, W), labels (P * K,)) in the sampler's order."""
-    return make_loader(AugmentedPictures(samples, size), workers, batch_sampler=sampler)
+    return make_loader(AugmentedPictures(samples, size, cache), workers, batch_sampler=sampler)
 
 
 def test_loader(samples: list[Sample], size: tuple[int, int], batch_size: int, workers: int) -> DataLoader:

@@ -187,14 +187,32 @@ def test_an_epoch_can_be_taken_up_in_its_middle(demo_root):
     samples = data.load_dataset("synthetic", demo_root).train
     sampler = PKSampler([sample.pid for sample in samples], num_ids=4, num_images=2)
 
-    def batches(skip, workers):
+    def batches(skip, workers, cache=False):
         sampler.set_epoch(2, skip)
-        return list(data.train_loader(samples, sampler, (32, 16), workers))
+        return list(data.train_loader(samples, sampler, (32, 16), workers, cache))
 
-    whole, rest = batches(0, workers=0), batches(len(sampler) - 2, workers=1)
+    whole, rest = batches(0, workers=0), batches(len(sampler) - 2, workers=1, cache=True)
     assert len(whole) == len(sampler) > 2 and len(rest) == 2
     for (images, labels), (rest_images, rest_labels) in zip(whole[-2:], rest):
         assert torch.equal(images, rest_images) and torch.equal(labels, rest_labels)
+
+
+def test_the_cache_is_filled_by_the_workers_and_changes_nothing(demo_root, monkeypatch):
+    samples = data.load_dataset("synthetic", demo_root).train
+    sampler = PKSampler([sample.pid for sample in samples], num_ids=20, num_images=4)
+    cached = data.train_loader(samples, sampler, (32, 16), workers=1, cache=True)
+    first = [images for images, _ in cached]
+    filled = cached.dataset.is_cached
+    assert filled.sum() == 160 == len(samples)
+    monkeypatch.setattr(data, "read_picture", None)  # nothing is read any more
+    second = [images for images, _ in cached]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_cache_that_does_not_fit_is_refused(tmp_path):
+    samples = [Sample(tmp_path, 1, 1)] * 100_000_000
+    with pytest.raises(ValueError, match=r"--cache needs 9830\.4 GB of shared memory"):
+        data.AugmentedPictures(samples, (256, 128), cache=True)
 
 
 def test_too_few_identities():

@@ -1,0 +1,222 @@
+"""How fast it is, each row beside a ceiling or the naive way in the same run: python tests/benchmark.py [--quick]
+
+Takes minutes on two cores (--quick: about one); needs no data and no weights. Medians; the rows of a topic take turns,
+so that a busy machine slows all of them alike. On CUDA: bf16, and the peak memory of a training step.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import clip  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import losses  # noqa: E402
+import train  # noqa: E402
+from model import PromptSG  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+
+def medians(ways: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    """Seconds of each way, the median of so many turns after one to warm up."""
+    seconds = {name: [] for name in ways}
+    for turn in range(1 + repetitions):
+        for name, way in ways.items():
+            print(f"\r{name}, {turn} of {repetitions}\033[K", end="", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            way()
+            if CUDA:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    print("\r\033[K", end="", file=sys.stderr)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def table(title: str, header: str, rows: list[str]) -> None:
+    columns = header.count("|") + 1
+    print(f"\n### {title}\n\n| {header} |\n|{'---|' * columns}", *(f"| {row} |" for row in rows), sep="\n", flush=True)
+
+
+def ceiling_of(repetitions: int) -> float:
+    """Achieved FLOP/s of a large square matrix product."""
+    n = 8192 if CUDA else 2048
+    a, b = torch.randn(n, n, device=DEVICE, dtype=DTYPE), torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    return 2 * n**3 / medians({"matrix product": lambda: a @ b}, repetitions)["matrix product"]
+
+
+def new_model(**ablations) -> PromptSG:
+    return PromptSG(clip.untrained("ViT-B/16"), 751, **ablations).to(DEVICE).eval()
+
+
+# ------------------------------------------------------------------------------------------- the topics
+
+
+def table_5(repetitions: int, batch: int) -> None:
+    images = torch.randn(batch, 3, 256, 128, device=DEVICE)
+    none, one, two = new_model(blocks=0), new_model(blocks=1), new_model()
+    ids = clip.tokenize("A photo of a x person").to(DEVICE)
+
+    def composed_with_77_tokens():
+        features = two.clip.encode_image(images)
+        words = two.clip.token_embedding(ids).repeat(batch, 1, 1)
+        words[:, two.slot] = two.inversion(features.embedding).to(words.dtype)
+        text = two.clip.encode_embeddings(words, torch.full((batch,), two.end, device=DEVICE))
+        two.bnneck(two.interact(features.tokens, text))
+
+    ways = {
+        "visual encoder alone": lambda: two.clip.encode_image(images),
+        "+ cross layer, simplified": lambda: none.embed(images, "simplified"),
+        "+ 1 block, simplified": lambda: one.embed(images, "simplified"),
+        "+ 2 blocks, simplified": lambda: two.embed(images, "simplified"),
+        "+ 2 blocks, composed": lambda: two.embed(images, "composed"),
+        "+ 2 blocks, composed, all 77 tokens": composed_with_77_tokens,
+    }
+    paper = ["1x", "0.95x", "0.91x", "0.88x", "0.48x", "0.48x"]
+    with torch.inference_mode(), torch.autocast(DEVICE.type, DTYPE, enabled=CUDA):
+        seconds = medians(ways, repetitions)
+    alone = seconds["visual encoder alone"]
+    rows = [f"{way} | {batch / s:.1f} | {alone / s:.2f}x | {p}" for (way, s), p in zip(seconds.items(), paper)]
+    table(f"Table 5: inference, ViT-B/16, batch {batch}", "way | images/s | ours | paper", rows)
+
+
+def training_step(repetitions: int, batches: list[int], ceiling: float) -> None:
+    model = new_model().train()
+    optimizer = train.make_optimizer(model, argparse.Namespace(lr_visual=5e-6, lr_new=5e-5, weight_decay=1e-4))
+
+    def step(batch: int):
+        images = torch.randn(batch, 3, 256, 128, device=DEVICE)
+        labels = torch.arange(batch, device=DEVICE) // 4
+        with torch.autocast(DEVICE.type, DTYPE, enabled=CUDA):
+            output = model(images)
+        loss = losses.promptsg_loss(output, labels, 0.01)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    seconds = medians(
+        {f"training step, batch {batch}": lambda batch=batch: step(batch) for batch in batches}, repetitions
+    )
+    rows = []
+    for batch, s in zip(batches, seconds.values()):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            step(batch)
+        achieved = counter.get_total_flops() / s
+        rows.append(f"{batch} | {s:.2f} | {batch / s:.1f} | {achieved / 1e9:.0f} | {achieved / ceiling:.0%}")
+    table("A training step: ViT-B/16, full method", "batch | s | images/s | GFLOP/s | of the ceiling", rows)
+    if CUDA:
+        print(f"\nPeak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (the paper's GPU has 24)")
+
+
+def input_pipeline(seconds: float) -> None:
+    """Loading alone: what the loader could feed if the device took no time."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        samples = []
+        for number in range(1024):  # the size and texture of Market-1501's pictures, a few kilobytes each
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 8, 3), dtype=np.uint8)).resize(
+                (64, 128), Image.Resampling.BICUBIC
+            )
+            path = Path(folder) / f"{number}.jpg"
+            coarse.save(path, quality=95)
+            samples.append(data.Sample(path, number // 4, 1))
+        rows = []
+        for name, cache in (("decoded every time", False), ("--cache", True)):
+            sampler = data.PKSampler([sample.pid for sample in samples])
+            loader = data.train_loader(samples, sampler, (256, 128), workers=2, cache=cache)
+            images, start = 0, time.perf_counter()
+            for epoch in range(1, 1000):
+                if epoch == 2:
+                    images, start = 0, time.perf_counter()
+                sampler.set_epoch(epoch)
+                for batch, _ in loader:
+                    images += len(batch)
+                if epoch > 2 and time.perf_counter() - start > seconds:
+                    break
+            rows.append(f"{name} | {images / (time.perf_counter() - start):.0f}")
+    table("Input: 64x128 JPEG to augmented 256x128, two workers", "way | images/s", rows)
+
+
+def naive_rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams) -> float:
+    """The usual way: the whole distance matrix, every row sorted. Returns mAP."""
+    order = (query @ gallery.T).argsort(dim=1, descending=True)
+    average_precisions = []
+    for q, row in enumerate(order):
+        keep = (gallery_ids[row] != query_ids[q]) | (gallery_cams[row] != query_cams[q])
+        hits = (gallery_ids[row] == query_ids[q])[keep]
+        if hits.any():
+            ranks = hits.nonzero().flatten() + 1
+            average_precisions.append((torch.arange(1, len(ranks) + 1, device=ranks.device) / ranks).mean())
+    return torch.stack(average_precisions).mean().item()
+
+
+def scoring(sizes: dict[str, tuple[int, int, int]], naive: bool) -> None:
+    rows = []
+    for name, (Q, G, identities) in sizes.items():
+        generator = torch.Generator().manual_seed(0)
+        ids = [torch.randint(1, identities, (n,), generator=generator) for n in (Q, G)]
+        centres = torch.randn(identities, 512, generator=generator)
+        features = [centres[i] + 3 * torch.randn(len(i), 512, generator=generator) for i in ids]
+        features = [torch.nn.functional.normalize(f, dim=1).to(DEVICE) for f in features]
+        ids = [i.to(DEVICE) for i in ids]
+        cams = [torch.randint(1, 16, (n,), generator=generator).to(DEVICE) for n in (Q, G)]
+        problem = (*features, *ids, *cams)
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        result = evaluate.rank_metrics(*problem)["mAP"]
+        seconds = time.perf_counter() - start
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+        rows.append(f"{name}, {Q:,} x {G:,} | {seconds:.1f} | {memory:.2f} | {result:.4f}")
+        if naive and Q * G < 1e8:
+            start = time.perf_counter()
+            result = naive_rank_metrics(*problem)
+            rows.append(f"{name}, the whole matrix sorted | {time.perf_counter() - start:.1f} | | {result:.4f}")
+    table("Scoring, 512-dimensional features", "size | s | GiB more than before | mAP", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="about a minute: fewer rows and repetitions")
+    parser.add_argument("--only", choices=("table5", "step", "input", "scoring"), help="one topic")
+    args = parser.parse_args()
+    repetitions = 3 if args.quick else 7
+
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else f'{os.cpu_count()} CPU cores'}")
+    ceiling = ceiling_of(10)
+    print(f"ceiling, a large matrix product in {DTYPE}: {ceiling / 1e9:.0f} GFLOP/s")
+    topics = {
+        "scoring": lambda: scoring(
+            {"Market-1501": (3368, 15913, 751)}
+            if args.quick
+            else {
+                "Market-1501": (3368, 15913, 751),
+                "MSMT17 / 4": (11659, 82161 // 4, 3060),
+                "MSMT17": (11659, 82161, 3060),
+                "MSMT17 x 4": (11659, 4 * 82161, 3060),
+            },
+            naive=True,
+        ),
+        "input": lambda: input_pipeline(5 if args.quick else 20),
+        "table5": lambda: table_5(repetitions, 256 if CUDA else 8),
+        "step": lambda: training_step(repetitions, [16] if args.quick else [8, 16, 32, 64], ceiling),
+    }
+    for name, topic in topics.items():
+        if args.only in (None, name):
+            topic()
+
+
+if __name__ == "__main__":
+    main()
