@@ -28,6 +28,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # -------------------------------------------------------------------------------------------------- scoring
 
 
+def show_progress(done: int, total: int, what: str) -> None:
+    """A line that overwrites itself, on terminals."""
+    if sys.stderr.isatty():
+        end = "\r\033[K" if done == total else ""
+        print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+
+
 def rank_metrics(
     query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor, gallery_cams: Tensor
 ) -> dict:
@@ -51,7 +58,7 @@ def rank_metrics(
     stops = torch.searchsorted(gallery_ids, query_ids, right=True).tolist()
 
     average_precisions, first_ranks = [], []
-    chunk = 256
+    chunk, begun = 1 + 2**25 // (1 + len(gallery)), time.perf_counter()  # 128 MB of similarities at a time
     for begin in range(0, len(query), chunk):
         similarities = query[begin : begin + chunk] @ gallery.T  # (chunk, G)
         for i, similarity in enumerate(similarities, begin):
@@ -60,12 +67,14 @@ def rank_metrics(
             if len(right) == 0:
                 continue
             similarity[own] = -torch.inf  # what is left are the wrong pictures
-            passed = torch.searchsorted(right, similarity, right=True)  # right pictures that each wrong one passes
-            histogram = passed.bincount(minlength=len(right) + 1)
-            wrong_before = histogram.flip(0).cumsum(0)[:-1]  # of each right picture, the best one first
+            wrong = similarity[similarity >= right[0]]  # those before any right one
+            passed = torch.searchsorted(right, wrong, right=True)  # right pictures that each wrong one passes
+            wrong_before = passed.bincount(minlength=len(right) + 1).flip(0).cumsum(0)[:-1]  # the best right one first
             right_until = torch.arange(1, len(right) + 1, device=right.device)
             average_precisions.append((right_until / (right_until + wrong_before)).double().mean())
             first_ranks.append(wrong_before[0])
+        if time.perf_counter() - begun > 5:
+            show_progress(begin + len(similarities), len(query), "queries ranked")
     if not first_ranks:
         raise ValueError("no query has a picture of its identity by another camera in the gallery: nothing to score")
     cmc = torch.stack(first_ranks).bincount(minlength=len(gallery)).cumsum(0) / len(first_ranks)
@@ -80,8 +89,7 @@ def extract(embed: Callable[[Tensor], Tensor], loader: DataLoader, device: torch
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features.append(embed(data.normalize(images.to(device, non_blocking=True))).float())
         done += len(images)
-        if sys.stderr.isatty():
-            print(f"\r{done} of {len(loader.dataset)} pictures", end="\r", file=sys.stderr, flush=True)
+        show_progress(done, len(loader.dataset), "pictures")
     return torch.cat(features)
 
 

@@ -39,8 +39,8 @@ def score(flags: str, prompt: str, seed: int) -> dict:
     """Trains and scores unless it has been done before."""
     output = RUNS / f"{flags.replace('--', '').replace(' ', '-') or 'full'}-{seed}"
     result = output / f"{prompt}.json"
-    if not (output / "last.pt").exists():
-        fixed = f"--dataset synthetic --backbone tiny --eval-every 0 --seed {seed} --output {output}"
+    if not any((output / f"{scored}.json").exists() for scored in ("composed", "simplified")):
+        fixed = f"--dataset synthetic --backbone tiny --eval-every 0 --overwrite --seed {seed} --output {output}"
         run("train.py", *fixed.split(), *flags.split())
         print(f"trained {output}", file=sys.stderr, flush=True)
     if not result.exists():

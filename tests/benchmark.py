@@ -37,13 +37,12 @@ def medians(ways: dict[str, Callable], repetitions: int) -> dict[str, float]:
     seconds = {name: [] for name in ways}
     for turn in range(1 + repetitions):
         for name, way in ways.items():
-            print(f"\r{name}, {turn} of {repetitions}\033[K", end="", file=sys.stderr, flush=True)
+            evaluate.show_progress(turn, repetitions, name)
             start = time.perf_counter()
             way()
             if CUDA:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    print("\r\033[K", end="", file=sys.stderr)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
