@@ -112,11 +112,13 @@ def check_args(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on other flags. ValueError, in one line, for what cannot be."""
     positive = "epochs batch_ids batch_images decay_every decay_factor lr_visual lr_new temperature steps log_every"
     for name in positive.split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
     for name in ("seed", "margin", "weight_decay", "supcon_weight", "label_smoothing", "eval_every"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+        if not 0 <= getattr(args, name) < 2**32:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and less than 2**32")
+    if min(args.image_size) <= 0:
+        raise ValueError("--image-size must be more than 0")
     if args.label_smoothing >= 1:
         raise ValueError("--label-smoothing must be less than 1")
     composes = args.train_prompt == "composed"
