@@ -10,6 +10,7 @@ T width of the text encoder.
 import gzip
 import hashlib
 import html
+import http.client
 import itertools
 import math
 import os
@@ -66,6 +67,7 @@ class Tokenizer:
         tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.ids = {token: i for i, token in enumerate(tokens)}
+        self.size = len(tokens)
 
     def split_word(self, word: str) -> tuple[str, ...]:
         """Merges the symbols of one word, the most frequent pair of CLIP's vocabulary first, until none is left."""
@@ -146,6 +148,7 @@ class QuickGELU(nn.Module):
     """The approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape, element by element."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -259,14 +262,17 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature map (B, W, h, w) -> tokens (B, 1 + h * w, D)"""
+        B, W, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)  # (B, M, W)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + M, W)
         q, k, v = (
-            projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1 + M, W / heads)
+            projection(x)
+            .view(B, 1 + h * w, self.heads, W // self.heads)
+            .transpose(1, 2)  # (B, heads, 1 + M, W / heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.c_proj(x.transpose(1, 2).flatten(2))
+        return self.c_proj(x.transpose(1, 2).reshape(B, 1 + h * w, W))
 
 
 class ModifiedResNet(nn.Module):
@@ -378,9 +384,13 @@ def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stri
     path = download(source) if source in URLS else Path(source)
     state_dict = read_weights(path)
     try:
-        model = build(state_dict, image_size, last_stride)
-        pool = "visual." if "visual.proj" in state_dict else "visual.attnpool."
-        name = pool + "positional_embedding"
+        sizes = read_sizes(state_dict)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({one_line(error)})") from error
+    model = CLIP(**sizes, image_size=image_size, last_stride=last_stride)
+    pool = "visual." if "visual.proj" in state_dict else "visual.attnpool."
+    name = pool + "positional_embedding"
+    try:
         state_dict[name] = resize_positions(state_dict[name], model.grid)
         model.load_state_dict(state_dict)
     except (KeyError, RuntimeError) as error:
@@ -400,14 +410,15 @@ def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0
         return CLIP(**ARCHITECTURES[name], image_size=image_size).eval()
 
 
-def build(state_dict: dict[str, Tensor], image_size: tuple[int, int], last_stride: int = 1) -> CLIP:
-    """A CLIP of the sizes that the weights have; the weights themselves are not loaded. KeyError if one is missing."""
+def read_sizes(state_dict: dict[str, Tensor]) -> dict:
+    """CLIP's arguments, read off its weights. KeyError, IndexError or ValueError if they are not CLIP's."""
 
     def count(prefix: str) -> int:
         position = prefix.count(".")
         return len({name.split(".")[position] for name in state_dict if name.startswith(prefix)})
 
-    text = dict(
+    sizes = dict(
+        embed_dim=state_dict["text_projection"].shape[1],
         text_width=state_dict["ln_final.weight"].shape[0],
         text_layers=count("transformer.resblocks."),
         context_length=state_dict["positional_embedding"].shape[0],
@@ -415,12 +426,10 @@ def build(state_dict: dict[str, Tensor], image_size: tuple[int, int], last_strid
     )
     if "visual.proj" in state_dict:
         width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
-        vision = dict(vision_layers=count("visual.transformer.resblocks."), vision_width=width, patch_size=patch_size)
-    else:
-        layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-        vision = dict(vision_layers=layers, vision_width=state_dict["visual.layer1.0.conv1.weight"].shape[0])
-    embed_dim = state_dict["text_projection"].shape[1]
-    return CLIP(embed_dim, **vision, **text, image_size=image_size, last_stride=last_stride)
+        layers = count("visual.transformer.resblocks.")
+        return dict(sizes, vision_layers=layers, vision_width=width, patch_size=patch_size)
+    layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+    return dict(sizes, vision_layers=layers, vision_width=state_dict["visual.layer1.0.conv1.weight"].shape[0])
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -448,7 +457,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
         raise ValueError(f"{path} is damaged or no weight file ({one_line(error)})") from error
-    if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+    is_named_tensor = lambda item: isinstance(item[0], str) and isinstance(item[1], Tensor)  # noqa: E731
+    if not isinstance(state_dict, dict) or not all(map(is_named_tensor, state_dict.items())):
         raise ValueError(f"{path} holds something else than a state dict: give OpenAI's .pt file")
     state_dict = {name: tensor.float() for name, tensor in state_dict.items()}
     for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these three numbers
@@ -469,7 +479,7 @@ def download(name: str, folder: str | Path = CACHE) -> Path:
     try:
         os.makedirs(path.parent, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # to a temporary name, renamed when whole
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"could not download {url} ({one_line(error)}): fetch it elsewhere and put it into {path.parent}, "
             "or give its path with --clip-weights"

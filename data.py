@@ -68,7 +68,7 @@ FOLDERS = {
 NAMES = [name for name in FOLDERS if name != "cuhk03-detected"]  # which --cuhk03-detected asks for
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
-MSMT17_NAME = re.compile(r"\d+/\d+_\d+_(\d+)_.*\.(jpg|jpeg|png)", re.IGNORECASE)
+MSMT17_LINE = re.compile(r"(\S+/\d+_\d+_(\d+)_\S*\.(?:jpg|jpeg|png))\s+(\d+)", re.IGNORECASE)  # picture, camera, pid
 JUNK = -1  # Market-1501's identity of bad detections, which count neither as right nor as wrong
 
 
@@ -93,8 +93,11 @@ def find_folder(name: str, root: Path) -> Path:
     """The first folder below `root` that holds the dataset; FileNotFoundError with advice if there is none."""
     inside = ["train|mask_train_v2", "list_train.txt"] if name == "msmt17" else list(MARKET_FOLDERS.values())
 
+    def is_there(path: Path) -> bool:
+        return path.is_file() if path.suffix == ".txt" else path.is_dir()
+
     def holds(folder: Path) -> bool:
-        return all(any((folder / entry).exists() for entry in choices.split("|")) for choices in inside)
+        return all(any(is_there(folder / entry) for entry in choices.split("|")) for choices in inside)
 
     candidates = [root / folder for folder in FOLDERS[name]]
     for folder in candidates:
@@ -134,12 +137,13 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
         if not (folder / name).is_file():
             raise FileNotFoundError(f"MSMT17's {name} is missing in {folder}: unpack the dataset again")
         samples = []
-        for line in (folder / name).read_text().splitlines():
-            path, pid = line.rsplit(maxsplit=1)
-            match = MSMT17_NAME.fullmatch(path)
+        for line in (folder / name).read_text().split("\n"):
+            if not line.strip():
+                continue
+            match = MSMT17_LINE.fullmatch(line.strip())
             if not match:
                 raise ValueError(f"{folder / name} has a line not of MSMT17's pattern: {line!r}")
-            samples.append(Sample(pictures / path, int(pid), int(match[1])))
+            samples.append(Sample(pictures / match[1], int(match[3]), int(match[2])))
         return samples
 
     train = read_list("list_train.txt", train_folder) + read_list("list_val.txt", train_folder)

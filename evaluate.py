@@ -38,7 +38,7 @@ def show_progress(done: int, total: int, what: str) -> None:
 def rank_metrics(
     query: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, query_cams: Tensor, gallery_cams: Tensor
 ) -> dict:
-    """mAP and CMC as the field computes them (Zheng et al. 2015): {"mAP": float, "cmc": Tensor (G,)}, from 0 to 1.
+    """mAP and CMC as the bag-of-tricks baseline [24] computes them: {"mAP": float, "cmc": Tensor (G without junk,)}.
 
     query (Q, D), gallery (G, D): L2-normalised features. ids and cams (Q,) or (G,): integers; identity -1 is junk.
     For each query, pictures of its own identity by its own camera, and junk, count neither as right nor as wrong.
@@ -174,11 +174,11 @@ def restore_model(checkpoint: dict) -> PromptSG:
     weights, settings = checkpoint["model"], checkpoint["args"]
     clip_weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
     try:
-        clip_model = clip.build(clip_weights, tuple(settings["image_size"]))
+        clip_model = clip.CLIP(**clip.read_sizes(clip_weights), image_size=tuple(settings["image_size"]))
         num_identities = len(weights["classifier.weight"])
         model = PromptSG(clip_model, num_identities, **ablations(argparse.Namespace(**settings)))
         model.load_state_dict(weights)
-    except (KeyError, AttributeError, RuntimeError) as error:
+    except (KeyError, AttributeError, RuntimeError, IndexError, ValueError) as error:
         raise ValueError(f"the checkpoint's weights do not fit its settings ({clip.one_line(error)})") from error
     return model.eval()
 
@@ -217,6 +217,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 def check_machine_flags(args: argparse.Namespace) -> None:
     """Fills in --precision and --workers, applies --cuhk03-detected. ValueError for an impossible device or number."""
     try:
+        if torch.device(args.device).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not usable here ({clip.one_line(error)})") from error
@@ -258,6 +260,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_machine_flags(args)
+    if args.json and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: there is no folder {args.json.parent}")
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     settings = checkpoint["args"]

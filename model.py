@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip import CLIP, ResidualAttentionBlock, heads, tokenize
+from clip import CLIP, ResidualAttentionBlock, heads, tokenize, tokenizer
 
 COMPOSED_PROMPT = "A photo of a S* person"
 SIMPLIFIED_PROMPT = "A photo of a person"
@@ -47,15 +47,17 @@ class InteractionModule(nn.Module):
 
     def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Softmax(Q K^T / sqrt d) of Eq. 7, over the tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
-        Q = self.query(text).unsqueeze(-1)  # (B or 1, D, 1)
+        B, N, D = tokens.shape
+        Q = self.query(text).expand(B, D)  # one row for each image
         K = self.key(tokens)  # (B, 1 + M, D)
-        scores = (K @ Q).squeeze(-1) / K.shape[-1] ** 0.5
-        return scores.softmax(dim=1)
+        return (torch.einsum("bd,bnd->bn", Q, K) / D**0.5).softmax(dim=1)
 
     def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Text embedding l (B or 1, D), image tokens X (B, 1 + M, D) -> representation z (B, D)."""
-        attention, V = self.attention_map(text, tokens), self.value(tokens)
-        Z = tokens.shape[1] * attention.unsqueeze(-1) * V  # (B, 1 + M, D) as in Figure 3; its mean is Eq. 7's sum
+        B, N, D = tokens.shape
+        attention = self.attention_map(text, tokens).view(B, N, 1)
+        V = self.value(tokens)  # (B, 1 + M, D)
+        Z = N * attention * V  # (B, 1 + M, D), the shape that Figure 3 draws; its mean over the tokens is Eq. 7
         return self.blocks(Z).mean(dim=1)
 
 
@@ -76,7 +78,10 @@ class PromptSG(nn.Module):
     interaction: without the interaction module, z is the visual embedding itself (Table 3 d; Table 5, first row).
     inversion: without the inversion network, only the simplified prompt exists (Table 4, second row).
     Without both, this is the baseline of Table 2: CLIP's visual encoder with ID and triplet loss.
-    composed_prompt: the sentence around S*. ValueError if S* is not one of its words, or if it is too long for CLIP.
+    composed_prompt: the sentence around S*.
+
+    Raises ValueError if S* is not one of the prompt's words, if the prompt is too long for this CLIP, or if this CLIP
+    has another vocabulary than OpenAI's.
     """
 
     def __init__(
@@ -109,6 +114,11 @@ class PromptSG(nn.Module):
         self.slot = tokenize(composed_prompt.split("S*")[0]).argmax().item()
         composed = tokenize(composed_prompt.replace("S*", "x"))
         self.end = composed.argmax().item()
+        if (
+            self.clip.token_embedding.num_embeddings != tokenizer().size
+            or len(self.clip.positional_embedding) <= self.end
+        ):
+            raise ValueError("this CLIP has another vocabulary than OpenAI's, or reads too few tokens for the prompt")
         self.register_buffer("composed_ids", composed[:, : self.end + 1], persistent=False)  # (1, 8)
         with torch.no_grad():  # a frozen encoder gives a fixed text one feature for ever
             self.register_buffer("simplified_text", self.clip.encode_text(tokenize(SIMPLIFIED_PROMPT)))  # (1, D)

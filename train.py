@@ -117,6 +117,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("seed", "margin", "weight_decay", "supcon_weight", "label_smoothing", "eval_every"):
         if not 0 <= getattr(args, name) < 2**32:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and less than 2**32")
+    if args.batch_ids < 2 or args.batch_images < 2:
+        raise ValueError("--batch-ids and --batch-images must be at least 2: a triplet needs both kinds of pairs")
     if min(args.image_size) <= 0:
         raise ValueError("--image-size must be more than 0")
     if args.label_smoothing >= 1:
@@ -141,6 +143,8 @@ def check_args(args: argparse.Namespace) -> None:
 def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
     """CLIP with its weights, and PromptSG around it, new modules initialised from the seed."""
     name = BACKBONES[args.backbone]
+    if name == "tiny" and args.clip_weights not in (None, "random"):
+        raise ValueError("--backbone tiny has random weights: leave --clip-weights away")
     if name == "tiny" or args.clip_weights == "random":
         clip_model = clip.untrained(name, tuple(args.image_size), args.seed)
         if name != "tiny":
@@ -316,12 +320,16 @@ def write_whole(value: dict, path: Path) -> None:
 
 
 class Stop:
-    """Takes SIGINT (Ctrl-C) and SIGTERM as a wish to finish the step, save and end. A second one ends at once."""
+    """While it lasts, SIGINT (Ctrl-C) and SIGTERM ask to finish the step, save and end. A second one ends at once."""
 
-    def __init__(self):
+    def __enter__(self) -> "Stop":
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
         self.signal = number
@@ -442,11 +450,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{millions:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}")
 
     open_folder(run)
-    stop = Stop()
-    if not checkpoint and args.eval_every:
-        run.record(epoch=0, **score(run, dataset))
-        run.save()
-    train(run, dataset, loader, sampler, stop)
+    with Stop() as stop:
+        if not checkpoint and args.eval_every:
+            run.record(epoch=0, **score(run, dataset))
+            run.save()
+        train(run, dataset, loader, sampler, stop)
     if stop.signal:
         print(f"saved in {args.output}; go on with the same command and --resume", flush=True)
         sys.exit(128 + stop.signal)

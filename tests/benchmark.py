@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -112,7 +113,7 @@ def training_step(repetitions: int, batches: list[int], ceiling: float) -> None:
     )
     rows = []
     for batch, s in zip(batches, seconds.values()):
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             step(batch)
         achieved = counter.get_total_flops() / s
         rows.append(f"{batch} | {s:.2f} | {batch / s:.1f} | {achieved / 1e9:.0f} | {achieved / ceiling:.0%}")
