@@ -5,6 +5,8 @@ model.py's `build_model` holding the weights and reading the inputs of openai_fo
 """
 
 import hashlib
+import math
+import warnings
 
 import openai_format
 import pytest
@@ -20,6 +22,7 @@ TOKENS = {
     "café Zürich naïve": [15304, 89, 6522, 4021, 1097, 35689, 563],
     "Ångström Ø": [23176, 10352, 807, 7255, 332, 45598],
     "&lt;b&gt;bold&lt;/b&gt; &amp;amp; more": [283, 321, 285, 8911, 34308, 321, 285, 261, 750],
+    "<x &amp;lt; y &amp;amp;lt; z": [283, 343, 283, 344, 261, 3333, 282, 345],
     "it's they're I'd we'll won't": [585, 568, 889, 982, 328, 1896, 649, 1342, 1749, 713],
     "👩\u200d👩\u200d👧 🙂🙂": [26304, 26304, 964, 356, 32006, 14860],
     "hello!!!...???": [3306, 11194, 3002, 3824],
@@ -120,6 +123,23 @@ def test_vit_states_are_the_class_token_of_the_last_three_blocks(archives):
         assert torch.equal(state, expected)
 
 
+def test_resnet_states_are_its_last_two_stages_averaged_and_the_embedding(archives):
+    model = clip.load(archives["resnet"])
+    seen = []
+    for stage in (model.visual.layer3, model.visual.layer4):
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(output.mean((2, 3))))
+    features = model.encode_image(formula_images(256, 128))
+    for state, expected in zip(features.states, [*seen, features.embedding], strict=True):
+        assert torch.equal(state, expected)
+
+
+def test_archives_load_without_a_warning(archives):
+    """torch.jit.load is deprecated and says so; a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip.load(archives["vit"])
+
+
 def test_attention_pool_at_every_position_is_attention_by_definition(archives):
     """softmax(q k^T / sqrt d) v for every query, in a loop over heads; CLIP itself asks for position 0 only."""
     pool = clip.load(archives["resnet"]).visual.attnpool
@@ -155,15 +175,26 @@ def test_a_state_dict_loads_like_the_archive(archives, tmp_path):
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
-def test_position_embedding_is_resized_and_its_class_row_kept():
-    grid = torch.arange(16.0).view(4, 4)
-    positions = torch.cat([torch.full((1, 1), 99.0), grid.view(16, 1)])
+def test_position_embedding_is_resized_bicubically_and_its_class_row_kept():
+    """From a square of 4 x 4 to 8 rows of 4: along the rows nothing changes, along the columns by the cubic kernel."""
+    square = 10 * torch.arange(4.0)[:, None] ** 2 + torch.arange(4.0)[None, :]
+    positions = torch.cat([torch.full((1, 1), 99.0), square.view(16, 1)])
     assert torch.equal(clip.resize_positions(positions, (4, 4)), positions)
     resized = clip.resize_positions(positions, (8, 4))
     assert resized.shape == (33, 1) and resized[0] == 99
     rows = resized[1:].view(8, 4)
-    torch.testing.assert_close(rows.mean(), grid.mean())
-    assert (rows.diff(dim=0) > -0.5).all() and (rows.diff(dim=1) > 0).all()  # still growing downwards and to the right
+
+    def cubic(x):  # Keys' kernel with a = -0.75, as torch uses it
+        x, a = abs(x), -0.75
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    for r in range(8):
+        centre = (r + 0.5) / 2 - 0.5
+        near = range(math.floor(centre) - 1, math.floor(centre) + 3)
+        expected = sum(cubic(centre - i) * square[min(max(i, 0), 3)] for i in near)
+        torch.testing.assert_close(rows[r], expected)
 
 
 def test_untrained_weights_depend_on_the_seed_alone():
@@ -186,6 +217,9 @@ def test_weights_that_are_no_clip_are_refused(archives, tmp_path):
         "extra.pt": {**weights, "visual.unknown": torch.zeros(3)},
         "shape.pt": {**weights, "visual.proj": torch.zeros(128, 95)},
         "object.pt": {"epoch": 3},
+        "keys.pt": {**weights, 3: torch.zeros(3)},
+        "flat.pt": {**weights, "text_projection": torch.zeros(128)},
+        "flat_conv.pt": {**weights, "visual.conv1.weight": torch.zeros(128, 768)},
     }
     for name, content in bad.items():
         torch.save(content, tmp_path / name)

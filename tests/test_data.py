@@ -68,6 +68,9 @@ def test_msmt17_by_its_lists_train_with_val(tmp_path, folder, pictures):
     assert ids_and_cameras(dataset.gallery) == [(0, 15)]
     assert dataset.train[0].path == root / pictures[0] / "0000/0000_000_01_0303morning_0015_0.jpg"
     assert dataset.query[0].path == root / pictures[1] / "0000/0000_000_11_0303morning_0025_0.jpg"
+    (root / "list_val.txt").write_text("\n0001/0001_000_05_0303noon_0015_0_ex.jpg one\n")
+    with pytest.raises(ValueError, match=r"list_val\.txt has a line not of MSMT17's pattern"):
+        data.load_dataset("msmt17", tmp_path)
     (root / "list_val.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"list_val\.txt is missing"):
         data.load_dataset("msmt17", tmp_path)
@@ -120,6 +123,16 @@ def test_a_folder_in_the_wrong_place(tmp_path, folder, says):
     assert "Market-1501-v15.09.15/{bounding_box_train,query,bounding_box_test}" in str(error.value)
 
 
+def test_a_file_in_a_folders_place(tmp_path):
+    market_tree(tmp_path / "market1501")
+    (tmp_path / "market1501/query/0001_c1s1_001051_00.jpg").unlink()
+    (tmp_path / "market1501/query/Thumbs.db").unlink()
+    (tmp_path / "market1501/query").rmdir()
+    (tmp_path / "market1501/query").touch()
+    with pytest.raises(FileNotFoundError, match="is not under"):
+        data.load_dataset("market1501", tmp_path)
+
+
 def test_an_empty_subset_is_refused(tmp_path):
     market_tree(tmp_path / "market1501")
     (tmp_path / "market1501" / "query" / "0001_c1s1_001051_00.jpg").unlink()
@@ -149,7 +162,7 @@ def test_every_batch_is_16_identities_of_4_pictures():
 
 
 def test_pictures_repeat_only_where_an_identity_has_too_few():
-    counts = {pid: 2 if pid < 3 else 9 for pid in range(20)}
+    counts = {pid: (2, 4, 9)[pid % 3] for pid in range(60)}
     pids = pids_of(counts)
     seen = Counter(index for batch in PKSampler(pids) for index, _ in batch)
     for index, times in seen.items():

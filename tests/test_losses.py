@@ -90,6 +90,13 @@ def test_triplet_loss_is_eq_9_with_the_hardest_of_the_batch(ids, margin):
     assert loss.item() == pytest.approx(total / N, abs=1e-6)
 
 
+def test_each_supcon_direction_reaches_image_and_text():
+    for exchange in (False, True):
+        v, l = features(4, 1).requires_grad_(), features(4, 2).requires_grad_()
+        losses.supcon_direction(*((l, v) if exchange else (v, l)), torch.tensor([0, 0, 1, 1]), 0.07).backward()
+        assert v.grad.abs().min() > 0 and l.grad.abs().min() > 0
+
+
 def test_triplet_gradient_is_finite_where_pictures_coincide():
     f = torch.ones(4, 8, requires_grad=True)
     losses.triplet_loss(f, torch.tensor([0, 0, 1, 1])).backward()
@@ -104,12 +111,12 @@ def output() -> Output:
 
 def test_total_is_eq_10(output):
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    terms = losses.promptsg_loss(output, labels, 0.07, supcon_weight=0.5, margin=0.3, label_smoothing=0.1)
-    triplet = sum(losses.triplet_loss(x, labels, 0.3) for x in (output.z, *output.states))
+    terms = losses.promptsg_loss(output, labels, 0.07, supcon_weight=0.7, margin=1.3, label_smoothing=0.2)
+    triplet = sum(losses.triplet_loss(x, labels, 1.3) for x in (output.z, *output.states))
     assert terms["loss_triplet"] == triplet
-    assert terms["loss_id"] == losses.identity_loss(output.logits, labels, 0.1)
+    assert terms["loss_id"] == losses.identity_loss(output.logits, labels, 0.2)
     assert terms["loss_supcon"] == losses.supcon_loss(output.image, output.text, labels, 0.07)
-    expected = terms["loss_triplet"] + terms["loss_id"] + 0.5 * terms["loss_supcon"]
+    expected = terms["loss_triplet"] + terms["loss_id"] + 0.7 * terms["loss_supcon"]
     torch.testing.assert_close(terms["loss"], expected)
 
 

@@ -48,6 +48,13 @@ def test_the_output_depends_on_the_prompt(tokens_and_text, blocks):
     torch.testing.assert_close(module(text[:1], tokens)[:1], z[:1])  # one text for all is broadcast
 
 
+def test_with_blocks_the_output_is_the_mean_over_the_re_weighted_tokens(tokens_and_text):
+    tokens, text = tokens_and_text
+    module = InteractionModule(64, blocks=2)
+    Z = 9 * module.attention_map(text, tokens)[:, :, None] * module.value(tokens)
+    torch.testing.assert_close(module(text, tokens), module.blocks[1](module.blocks[0](Z)).mean(dim=1))
+
+
 def test_two_blocks_are_clips_own(tokens_and_text):
     module = InteractionModule(128)
     assert [type(block) for block in module.blocks] == [clip.ResidualAttentionBlock] * 2
@@ -87,6 +94,13 @@ def test_s_star_starts_out_the_size_of_a_word(make_model):
     assert pseudo_words.std().item() == pytest.approx(words.std().item(), rel=0.05)
 
 
+def test_a_clip_of_another_vocabulary_or_shorter_texts_is_refused():
+    tiny = clip.ARCHITECTURES["tiny"]
+    for other in ({"vocab_size": 600}, {"context_length": 7}):
+        with pytest.raises(ValueError, match="another vocabulary than OpenAI's, or reads too few tokens"):
+            PromptSG(clip.CLIP(**tiny, **other), 10)
+
+
 def test_the_simplified_feature_is_clips(make_model):
     model = make_model()
     expected = model.clip.encode_text(clip.tokenize("A photo of a person"))
@@ -100,6 +114,14 @@ def test_embed_is_normalised_and_of_the_prompt(make_model, images, prompt):
         features = model.embed(images, prompt)
     assert features.shape == (8, 128)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(8))
+
+
+def test_the_retrieval_feature_is_taken_behind_the_bnneck(make_model, images):
+    model = make_model().eval()
+    model.bnneck.running_mean.normal_()
+    model.bnneck.weight.data.uniform_(0.5, 2)
+    expected = torch.nn.functional.normalize(model.bnneck(model(images).z), dim=1)
+    torch.testing.assert_close(model.embed(images), expected)
 
 
 def test_embed_differs_between_prompts_and_refuses_others(make_model, images):
@@ -128,6 +150,12 @@ def test_every_loss_reaches_s_star_and_the_image_through_the_frozen_text(make_mo
     assert all(p.grad is None for p in text_parameters(model).values())
 
 
+def test_the_gradient_passes_through_the_text_encoder_to_the_image(make_model):
+    image = torch.randn(8, 128, requires_grad=True)
+    make_model().train().compose(image)[:, 0].sum().backward()
+    assert image.grad.abs().max() > 1e-9
+
+
 def test_training_changes_all_that_is_learnable_and_no_text_weight(make_model, images, labels):
     model = make_model().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -148,6 +176,10 @@ def test_the_text_encoder_never_trains(make_model):
     assert model.clip.visual.training and model.inversion.training
     assert not model.clip.transformer.training and not model.clip.ln_final.training
     assert not any(p.requires_grad for p in text_parameters(model).values())
+
+
+def test_the_classifier_starts_small(make_model):
+    assert make_model(1000).classifier.weight.std().item() == pytest.approx(0.001, rel=0.05)
 
 
 def test_parameter_groups_hold_every_learnable_parameter_once(make_model):

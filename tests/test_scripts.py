@@ -138,6 +138,56 @@ def test_training_learns(demo_root, tmp_path):
     assert records[-1]["mAP"] > records[0]["mAP"] + 0.15
 
 
+@pytest.mark.parametrize(
+    "flag, values, term",
+    [
+        ("--temperature", (0.07, 1), "loss_supcon"),
+        ("--margin", (0, 5), "loss_triplet"),
+        ("--label-smoothing", (0, 0.5), "loss_id"),
+        ("--supcon-weight", (0, 2), "loss"),
+    ],
+)
+def test_flags_of_the_losses_reach_the_losses(demo_root, tmp_path, flag, values, term):
+    arguments = "--dataset synthetic --backbone tiny --batch-ids 8 --epochs 1 --steps 1 --eval-every 0 --overwrite"
+    logs = []
+    for value in values:
+        result = run("train.py", f"{arguments} {flag} {value}", tmp_path, "--data-root", demo_root)
+        assert result.returncode == 0, result.stderr
+        logs.append(json.loads((tmp_path / "runs/synthetic-tiny/log.jsonl").read_text()))
+    assert abs(logs[0][term] - logs[1][term]) > 1e-4
+    for log, value in zip(logs, values):
+        weight = value if flag == "--supcon-weight" else 0.5
+        parts = log["loss_triplet"] + log["loss_id"] + weight * log["loss_supcon"]
+        assert log["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_the_schedule_and_the_optimizer_are_as_the_flags_say(demo_root, tmp_path):
+    arguments = "--dataset synthetic --backbone tiny --batch-ids 8 --epochs 3 --steps 1 --eval-every 0 --lr-new 0.008"
+    more = " --decay-every 1 --decay-factor 0.5 --weight-decay 0.25"
+    assert run("train.py", arguments + more, tmp_path, "--data-root", demo_root).returncode == 0
+    log = (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in log] == pytest.approx([0.008, 0.004, 0.002])
+    args = train.parse_args(arguments.split() + more.split())
+    optimizer = train.make_optimizer(train.build_model(args, 20), args)
+    assert type(optimizer) is torch.optim.Adam
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(2e-4, 0.25), (0.008, 0.25)]
+
+
+def test_random_weights_are_announced(demo_root, tmp_path):
+    arguments = "--dataset synthetic --backbone vit --clip-weights random --image-size 32 16 --batch-ids 2"
+    more = " --batch-images 2 --epochs 1 --steps 1 --eval-every 0"
+    result = run("train.py", arguments + more, tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0 and "RANDOM weights" in result.stdout and "mean nothing" in result.stdout
+    (tmp_path / "runs/synthetic-vit/last.pt").unlink()  # 1.4 GB
+
+
+def test_cuhk03_has_two_kinds_of_boxes():
+    for flags, name in (([], "cuhk03"), (["--cuhk03-detected"], "cuhk03-detected")):
+        args = train.parse_args(["--dataset", "cuhk03", *flags])
+        train.check_args(args)
+        assert args.dataset == name and args.output.name == f"{name}-vit"
+
+
 # ----------------------------------------------------------------------------------- backbones and ablations
 
 # Flags of a row; whether it has the interaction module, how many blocks, the inversion network, and a SupCon loss.
@@ -266,6 +316,19 @@ def test_a_weight_file_that_is_missing_or_wrong(demo_root, tmp_path):
     refused(run("train.py", arguments + " wrong.pt", tmp_path, "--data-root", demo_root), "wrong.pt is damaged")
 
 
+def test_a_weight_file_with_the_wrong_hash(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache/clip").mkdir(parents=True)
+    (tmp_path / ".cache/clip/ViT-B-16.pt").write_text("something else")
+    arguments = "--dataset synthetic --backbone vit --batch-ids 8"
+    result = run("train.py", arguments, tmp_path, "--data-root", demo_root)
+    refused(result, "ViT-B-16.pt is not OpenAI's file", "sha256", "delete it")
+
+
+def test_a_report_into_nowhere_is_refused_before_the_work(trained):
+    refused(run("evaluate.py", "--json nowhere/score.json", trained[0]), "there is no folder nowhere")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -279,6 +342,10 @@ def test_a_weight_file_that_is_missing_or_wrong(demo_root, tmp_path):
         ("--label-smoothing 1", "--label-smoothing must be less than 1"),
         ("--device cuda:99", "--device cuda:99 is not usable here"),
         ("--device gpu", "--device gpu is not usable here"),
+        ("--device meta", "only cpu and cuda"),
+        ("--batch-ids 1", "must be at least 2"),
+        ("--batch-images 1", "must be at least 2"),
+        ("--clip-weights some.pt", "--backbone tiny has random weights"),
         ("--workers -1", "--workers must be at least 0"),
         ("--precision fp16 --device cpu", "--precision fp16 needs CUDA"),
         ("--image-size 100 64", "does not divide by 16"),

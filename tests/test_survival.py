@@ -301,4 +301,4 @@ def test_flags_at_random_give_a_value_or_one_line():
             assert args.epochs > 0 and args.lr_new > 0 and args.lr_visual > 0 and args.batch_ids > 0
             assert args.margin >= 0 and 0 <= args.label_smoothing < 1 and args.workers >= 0
             outcomes.append("taken")
-    assert min(outcomes.count("taken"), outcomes.count("refused")) > 40
+    assert set(outcomes) == {"taken", "refused"}
