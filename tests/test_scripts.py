@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_training_prints_what_a_reader_needs(trained):
         assert word in text
     for word in ("accuracy ", "images/s", "lr 2.0e-04/1.0e-03", " left", "mAP ", "Rank-1 ", "Rank-5 ", "Rank-10 "):
         assert word in text
+    assert "training time (Table 6): " in text
 
 
 def test_a_run_holds_checkpoints_log_and_settings(trained):
@@ -107,6 +109,7 @@ def test_evaluate_needs_no_other_flag_than_the_prompt(trained, demo_root, prompt
         assert score["mAP"] == pytest.approx(last["mAP"], abs=1e-6)  # what training printed at its end
     for words in (f"mAP {score['mAP']:.1%}", "Rank-1", "Rank-5", "Rank-10", "images/s"):
         assert words in result.stdout
+    assert re.search(r"Table 5\): visual encoder \d+ images/s .*simplified \d+ .*composed \d+", result.stdout)
 
 
 def test_resume_goes_on_where_the_run_stopped(trained, demo_root, tmp_path):
