@@ -372,6 +372,8 @@ class Person(NamedTuple):
 
 
 def random_person(rng: random.Random) -> Person:
+    """Somebody new."""
+
     def colour() -> tuple:
         return rng.choice(list(CLOTHES.values()))
 
@@ -444,6 +446,7 @@ def draw_person(person: Person, rng: random.Random) -> Image.Image:
 
 
 def draw_pattern(draw: ImageDraw.ImageDraw, person: Person, box: list[float]) -> None:
+    """The pattern of a person's top, inside the box (left, top, right, bottom)."""
     left, top, right, bottom = map(round, box)
     if person.pattern in ("stripes", "checks"):
         for y in range(top + 8, bottom - 8, 32):

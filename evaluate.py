@@ -207,11 +207,11 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py and evaluate.py share: where the data are and what to compute with."""
     parser.add_argument("--cuhk03-detected", action="store_true", help="CUHK03-NP's detected boxes, not the labeled")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA, fp32 on CPU")
-    parser.add_argument("--workers", type=int, help="loader processes (default: up to 8 on CUDA, none on CPU)")
-    parser.add_argument("--eval-batch-size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the datasets")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--precision", choices=PRECISIONS, help="None: bf16 on CUDA, fp32 on a CPU")
+    parser.add_argument("--workers", type=int, help="loader processes; None: up to 8 on CUDA, 0 on a CPU")
+    parser.add_argument("--eval-batch-size", type=int, default=128, help="pictures at a time when scoring")
 
 
 def check_machine_flags(args: argparse.Namespace) -> None:
@@ -248,10 +248,13 @@ def exit_on_error(main: Callable[[], None]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a trained PromptSG.")
-    parser.add_argument("--checkpoint", type=Path, help="default: last.pt of the newest run in runs/")
-    parser.add_argument("--prompt", choices=("composed", "simplified"), help="default: composed, if the model can")
-    parser.add_argument("--dataset", choices=data.NAMES, help="default: the one it was trained on")
+    """Every setting and its meaning."""
+    parser = argparse.ArgumentParser(
+        description="Score a trained PromptSG.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, help="None: last.pt of the newest run in runs/")
+    parser.add_argument("--prompt", choices=("composed", "simplified"), help="None: the one trained with")
+    parser.add_argument("--dataset", choices=data.NAMES, help="None: the one trained on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
     add_machine_flags(parser)
     return parser.parse_args(argv)

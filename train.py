@@ -51,14 +51,15 @@ MACHINE_FLAGS = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Every setting and its meaning. The defaults are the paper's, but for --backbone tiny, which has its own."""
     parser = argparse.ArgumentParser(
         description="Train PromptSG.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--dataset", choices=data.NAMES, default="market1501", help="synthetic is drawn on the spot")
     add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo")
-    add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random' (default: downloaded on first use)")
-    add("--output", type=Path, help="folder of the run (default: runs/DATASET-BACKBONE)")
+    add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random'; None: downloaded on first use")
+    add("--output", type=Path, help="folder of the run; None: runs/DATASET-BACKBONE")
     add("--resume", action="store_true", help="go on with the run in the output folder")
     add("--overwrite", action="store_true", help="start anew although the output folder holds a run")
     add("--seed", type=int, default=0, help="of everything random")
@@ -78,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     ours = parser.add_argument_group("not in the paper: chosen as the README says")
     add = ours.add_argument
-    add("--temperature", type=float, help="tau of Eqs. 5 and 6 (default: CLIP's own, 0.01 in OpenAI's weights)")
+    add("--temperature", type=float, help="tau of Eqs. 5 and 6; None: CLIP's own, 0.01 in OpenAI's weights")
     add("--margin", type=float, default=0.3, help="m of Eq. 9")
     add("--label-smoothing", type=float, default=0.1, help="of Eq. 8")
     add("--weight-decay", type=float, default=1e-4, help="of Adam")
