@@ -231,8 +231,8 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         args.workers = 0 if on_cpu else min(8, os.cpu_count())  # on a CPU they would only compete with the model
     if args.precision is None:
         args.precision = "fp32" if on_cpu else "bf16"
-    if args.workers < 0 or args.eval_batch_size < 1:
-        raise ValueError("--workers must be at least 0 and --eval-batch-size at least 1")
+    if not 0 <= args.workers <= 256 or args.eval_batch_size < 1:
+        raise ValueError("--workers must be at least 0 and at most 256, --eval-batch-size at least 1")
     if args.precision == "fp16" and on_cpu:
         raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
     torch.set_float32_matmul_precision("high")

@@ -350,6 +350,7 @@ def test_a_report_into_nowhere_is_refused_before_the_work(trained):
         ("--batch-images 1", "must be at least 2"),
         ("--clip-weights some.pt", "--backbone tiny has random weights"),
         ("--workers -1", "--workers must be at least 0"),
+        ("--workers 100000", "at most 256"),
         ("--precision fp16 --device cpu", "--precision fp16 needs CUDA"),
         ("--image-size 100 64", "does not divide by 16"),
         ("--baseline --without-i2t", "--baseline has neither prompts nor interaction module"),
