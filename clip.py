@@ -267,7 +267,7 @@ class AttentionPool(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + M, W)
         q, k, v = (
             projection(x)
-            .view(B, 1 + h * w, self.heads, W // self.heads)
+            .reshape(B, 1 + h * w, self.heads, W // self.heads)
             .transpose(1, 2)  # (B, heads, 1 + M, W / heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )

@@ -135,6 +135,7 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
         raise FileNotFoundError(f"MSMT17's {test_folder} is missing: unpack the dataset again")
 
     def read_list(name: str, pictures: Path) -> list[Sample]:
+        """Lines of a picture's path and its identity; the camera is the third number in the picture's name."""
         if not (folder / name).is_file():
             raise FileNotFoundError(f"MSMT17's {name} is missing in {folder}: unpack the dataset again")
         samples = []

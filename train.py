@@ -189,6 +189,7 @@ class Progress:
             yield batch
 
     def update(self, images: int, terms: dict[str, Tensor]) -> None:
+        """Takes in a step of so many images; prints a line every `log_every` steps and at the epoch's end."""
         self.step += 1
         self.images += images
         self.unread.append(torch.stack([terms[name].detach() for name in TERMS]))
@@ -215,6 +216,7 @@ class Progress:
         return self.images / (time.perf_counter() - self.start)
 
     def line(self) -> str:
+        """How the epoch goes, for people; the loss terms are means over its steps so far."""
         run, means = self.run, self.means()
         epochs_left = run.args.epochs - run.epoch
         images_left = (epochs_left * self.steps - self.step) * run.args.batch_ids * run.args.batch_images
