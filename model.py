@@ -164,14 +164,24 @@ class PromptSG(nn.Module):
         prompt: "composed" (accurate) or "simplified" (fast: its text feature is a constant).
         Raises ValueError if it is another, or "composed" without an inversion network.
         """
+        features = self.clip.encode_image(images)
+        text = self.text_feature(features.embedding, prompt)
+        return F.normalize(self.bnneck(self.interact(features.tokens, text)), dim=1)
+
+    def attention_map(self, images: Tensor, prompt: str = "composed") -> Tensor:
+        """Where the prompt looks (Figures 1 and 2): normalised images (B, 3, H, W) -> (B, 1 + M), summing to 1."""
+        features = self.clip.encode_image(images)
+        return self.interaction.attention_map(self.text_feature(features.embedding, prompt), features.tokens)
+
+    def text_feature(self, image: Tensor, prompt: str) -> Tensor:
+        """The text embedding to interact with: (B, D) for visual embeddings (B, D); simplified prompt: (1, D)."""
         if prompt not in ("composed", "simplified"):
             raise ValueError(f"prompt {prompt!r} does not exist: use 'composed' or 'simplified'")
         if prompt == "composed" and self.inversion is None:
             raise ValueError("this model was trained without an inversion network: use the simplified prompt")
-        features = self.clip.encode_image(images)
-        composed = prompt == "composed" and self.interaction is not None  # without the module no text is used
-        text = self.compose(features.embedding) if composed else self.simplified_text
-        return F.normalize(self.bnneck(self.interact(features.tokens, text)), dim=1)
+        if prompt == "composed" and self.interaction:  # without the module no text is used
+            return self.compose(image)
+        return self.simplified_text
 
     def parameter_groups(self, visual_lr: float, new_lr: float) -> list[dict]:
         """The learnable parameters as an optimizer takes them: CLIP's visual encoder, and all that is new."""

@@ -30,7 +30,6 @@ import evaluate
 import losses
 from model import COMPOSED_PROMPT, PromptSG, count_learnable
 
-BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
 # No weight depends on these flags, so that a run may be resumed with others.
@@ -57,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--dataset", choices=data.NAMES, default="market1501", help="synthetic is drawn on the spot")
-    add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo")
+    add("--backbone", choices=evaluate.BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo")
     add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random'; None: downloaded on first use")
     add("--output", type=Path, help="folder of the run; None: runs/DATASET-BACKBONE")
     add("--resume", action="store_true", help="go on with the run in the output folder")
@@ -138,24 +137,7 @@ def check_args(args: argparse.Namespace) -> None:
     args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
 
 
-# ----------------------------------------------------------------------------------------------- the model
-
-
-def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
-    """CLIP with its weights, and PromptSG around it, new modules initialised from the seed."""
-    name = BACKBONES[args.backbone]
-    if name == "tiny" and args.clip_weights not in (None, "random"):
-        raise ValueError("--backbone tiny has random weights: leave --clip-weights away")
-    if name == "tiny" or args.clip_weights == "random":
-        clip_model = clip.untrained(name, tuple(args.image_size), args.seed)
-        if name != "tiny":
-            print("WARNING: CLIP starts from RANDOM weights (--clip-weights random): the results will mean nothing")
-    else:
-        clip_model = clip.load(args.clip_weights or name, tuple(args.image_size))
-        if isinstance(clip_model.visual, clip.VisionTransformer) != (name == "ViT-B/16"):
-            raise ValueError(f"--clip-weights {args.clip_weights} are not those of --backbone {args.backbone}")
-    torch.manual_seed(args.seed)
-    return PromptSG(clip_model, num_identities, **evaluate.ablations(args))
+# ------------------------------------------------------------------------------------------- the update
 
 
 def make_optimizer(model: PromptSG, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -163,8 +145,6 @@ def make_optimizer(model: PromptSG, args: argparse.Namespace) -> torch.optim.Opt
     groups = model.parameter_groups(args.lr_visual, args.lr_new)
     return torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
 
-
-# ------------------------------------------------------------------------------------------- the update
 
 TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
 
@@ -445,7 +425,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = data.PKSampler([sample.pid for sample in dataset.train], args.batch_ids, args.batch_images, args.seed)
     loader = data.train_loader(dataset.train, sampler, args.image_size, args.workers, args.cache)
 
-    model = evaluate.restore_model(checkpoint) if checkpoint else build_model(args, dataset.num_identities)
+    model = evaluate.restore_model(checkpoint) if checkpoint else evaluate.build_model(args, dataset.num_identities)
     run = Run(model.to(args.device, memory_format=torch.channels_last), args)  # the layout that convolutions prefer
     if checkpoint:
         run.load_state_dict(checkpoint)
@@ -461,6 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     if stop.signal:
         print(f"saved in {args.output}; go on with the same command and --resume", flush=True)
         sys.exit(128 + stop.signal)
+    evaluate.draw_curves(run.log, args.output / "curves.png")
     print(f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}")
 
 

@@ -211,7 +211,7 @@ def main() -> None:
         ),
         "input": lambda: input_pipeline(5 if args.quick else 20),
         "table5": lambda: table_5(repetitions, 256 if CUDA else 8),
-        "step": lambda: training_step(repetitions, [16] if args.quick else [8, 16, 32, 64], ceiling),
+        "step": lambda: training_step(3, [16] if args.quick else [8, 16, 32, 64], ceiling),
     }
     for name, topic in topics.items():
         if args.only in (None, name):
