@@ -285,8 +285,8 @@ def encode_neighbours(
 
 
 class RecordAttention(TorchFunctionMode):
-    """While it lasts, every attention is computed in the open, and its probabilities are kept in `maps`, in order:
-    self-attention (B, heads, N, N), the interaction module's cross-attention (B, N).
+    """While it lasts, attention over image tokens is computed in the open, and its probabilities are kept in `maps`:
+    self-attention (B, heads, N, N), the interaction module's cross-attention (B, N), in the order of the layers.
     """
 
     def __init__(self):
@@ -294,7 +294,7 @@ class RecordAttention(TorchFunctionMode):
         self.maps = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and not kwargs["is_causal"]:
             q, k, v = args
             self.maps.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1))
             return self.maps[-1] @ v
@@ -316,7 +316,7 @@ def relevance(model: PromptSG, images: Tensor, prompt: str) -> Tensor:
     with RecordAttention() as record:
         z = model.interact(model.clip.encode_image(images).tokens, text)
     gradients = torch.autograd.grad(F.cosine_similarity(z, text).sum(), record.maps)
-    R = torch.eye(record.maps[0].shape[-1], device=images.device)
+    R = torch.eye(record.maps[0].shape[-1]).to(record.maps[0])
     for A, gradient in zip(record.maps, gradients):
         positive = (A * gradient).detach().clamp(min=0)
         R = R + (positive.mean(dim=1) @ R if A.dim() == 4 else positive.unsqueeze(2) * R)  # (B, 1 + M, 1 + M)
@@ -463,24 +463,23 @@ def draw_curves(log: list[dict], path: Path) -> None:
         "score on the test split, %": {"mAP": "mAP", "Rank-1": "rank1"},
     }
     picture = Image.new("RGB", (2400, 840), "white")  # drawn at twice the size: lines come out smooth
-    for panel, (title, curves) in enumerate(panels.items()):
+    for panel, (title, keys) in enumerate(panels.items()):
         scale = 100 if "%" in title else 1
-        series = {
-            name: [(record["epoch"], scale * record[key]) for record in log if key in record]
-            for name, key in curves.items()
+        curves = {
+            name: [(line["epoch"], scale * line[key]) for line in log if key in line] for name, key in keys.items()
         }
-        draw_panel(
-            ImageDraw.Draw(picture), 1200 * panel, title, {name: curve for name, curve in series.items() if curve}
-        )
+        if any(curves.values()):
+            draw_panel(ImageDraw.Draw(picture), 1200 * panel, title, curves)
     picture.resize((1200, 420), Image.Resampling.LANCZOS).save(path)
 
 
-def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, series: dict[str, list[tuple[int, float]]]) -> None:
+def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, curves: dict[str, list[tuple[int, float]]]) -> None:
     """One pair of axes from 0, 1200 x 840, with named curves of (epoch, value)."""
     font = ImageFont.load_default(30)
     x0, x1, y0, y1 = left + 130, left + 1160, 730, 90
-    points = [point for curve in series.values() for point in curve] or [(1, 1)]
-    x_ticks, y_ticks = (round_ticks(max(axis)) for axis in zip(*points))
+    x_ticks, y_ticks = (
+        round_ticks(max(axis)) for axis in zip(*(point for curve in curves.values() for point in curve))
+    )
 
     def at(epoch: float, value: float) -> tuple[float, float]:
         return x0 + (x1 - x0) * epoch / x_ticks[-1], y0 + (y1 - y0) * value / y_ticks[-1]
@@ -493,18 +492,19 @@ def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, series: dict[st
     for tick in x_ticks:
         draw.text((at(tick, 0)[0], y0 + 34), f"{tick:g}", "black", font, anchor="mm")
     draw.line([at(0, y_ticks[-1]), at(0, 0), at(x_ticks[-1], 0)], "black", 3)
-    for number, (name, curve) in enumerate(series.items()):
+    for number, (name, curve) in enumerate(curves.items()):
         draw.line([at(*point) for point in curve], COLOURS[number], 5, joint="curve")
         for x, y in (at(*point) for point in curve):
             draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLOURS[number])
-        x, y = x1 - 160 * (len(series) - number) + 40, 40
+        x, y = x1 - 180 * (len(curves) - number) + 60, 40
         draw.line([(x - 60, y), (x - 15, y)], COLOURS[number], 8)
         draw.text((x, y), name, "black", font, anchor="lm")
 
 
 def round_ticks(greatest: float) -> list[float]:
     """Four to eight round numbers from 0 to at least `greatest`."""
-    step = 10 ** math.floor(math.log10(max(greatest, 1e-9) / 2))
+    greatest = greatest or 1
+    step = 10 ** math.floor(math.log10(greatest / 2))
     step *= next(factor for factor in (0.5, 1, 2, 5) if greatest / (step * factor) <= 7)
     return [step * i for i in range(math.ceil(greatest / step) + 1)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -82,7 +84,8 @@ def test_training_prints_what_a_reader_needs(trained):
 
 def test_a_run_holds_checkpoints_log_and_settings(trained):
     run_folder = trained[0] / "runs" / "synthetic-tiny"
-    assert sorted(path.name for path in run_folder.iterdir()) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
+    expected = ["args.json", "best.pt", "curves.png", "last.pt", "log.jsonl"]
+    assert sorted(path.name for path in run_folder.iterdir()) == expected
     records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1, 2]
     assert set(records[0]) == {"epoch", "mAP", "rank1"}
@@ -102,8 +105,9 @@ def test_evaluate_needs_no_other_flag_than_the_prompt(trained, demo_root, prompt
     assert result.returncode == 0, result.stderr
     assert "checkpoint runs/synthetic-tiny/last.pt" in result.stdout
     score = json.loads((folder / "score.json").read_text())
-    assert set(score) == {"mAP", "rank1", "rank5", "rank10", "images_per_second", "prompt", "dataset", "checkpoint"}
-    assert (score["prompt"], score["dataset"]) == (prompt, "synthetic")
+    names = "mAP rank1 rank5 rank10 images_per_second prompt dataset trained_on checkpoint"
+    assert set(score) == set(names.split())
+    assert (score["prompt"], score["dataset"], score["trained_on"]) == (prompt, "synthetic", "synthetic")
     last = json.loads((folder / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()[-1])
     if prompt == "composed":
         assert score["mAP"] == pytest.approx(last["mAP"], abs=1e-6)  # what training printed at its end
@@ -129,6 +133,69 @@ def test_resume_goes_on_where_the_run_stopped(trained, demo_root, tmp_path):
     for one, other in zip(*logs, strict=True):
         one, other = ({k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (one, other))
         assert one == other
+
+
+def test_evaluate_draws_writes_and_ranks_again(trained, demo_root, tmp_path):
+    flags = (
+        "--rerank --ranked-lists out --attention-maps out --count 3 --queries random --features all.npz --json s.json"
+    )
+    shutil.copytree(trained[0] / "runs", tmp_path / "runs")
+    result = run("evaluate.py", flags, tmp_path, "--data-root", demo_root)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"re-ranked: mAP \d+\.\d%  Rank-1", result.stdout)
+    for model, prompt in itertools.product(("untrained", "trained"), ("simplified", "composed")):
+        assert re.search(rf"attention on the person, {model}, {prompt} prompt: \d+\.\d% of it", result.stdout)
+    assert Image.open(tmp_path / "out/attention-1.png").size == (6 + 4 * 142, 6 + 3 * 294)
+    assert Image.open(tmp_path / "out/ranked-1.png").size == (6 + 11 * 142, 6 + 3 * 294)
+    score, arrays = json.loads((tmp_path / "s.json").read_text()), np.load(tmp_path / "all.npz")
+    tensors = {name: torch.tensor(arrays[name]) for name in arrays.files if not name.endswith("names")}
+    assert len(arrays["query_names"]) == len(tensors["query_features"]) == 24
+    assert arrays["gallery_names"][0].endswith(".jpg")
+    pairs = [tensors[f"{subset}_{kind}"] for kind in ("features", "ids", "cams") for subset in ("query", "gallery")]
+    assert evaluate.rank_metrics(*pairs)["mAP"] == pytest.approx(score["mAP"], abs=1e-6)
+    rows = evaluate.k_reciprocal(*pairs[:2])
+    assert evaluate.rank_metrics(*pairs, rows)["mAP"] == pytest.approx(score["reranked"]["mAP"], abs=1e-6)
+
+
+def test_evaluate_on_ones_own_pictures(trained, demo_root, tmp_path):
+    """Features of a folder, attention on single files, a search that finds the picture itself; no dataset is read."""
+    folder, checkpoint = demo_root / "synthetic/query", trained[0] / "runs/synthetic-tiny/last.pt"
+    pictures = sorted(folder.iterdir())
+    (tmp_path / "mine/deep").mkdir(parents=True)
+    for picture in pictures[:12]:
+        shutil.copy(picture, tmp_path / "mine/deep")
+    (tmp_path / "mine/notes.txt").write_text("not a picture")
+    flags = f"--checkpoint {checkpoint} --data-root nowhere --images mine --features mine.npz --search"
+    result = run("evaluate.py", flags, tmp_path, pictures[3])
+    assert result.returncode == 0, result.stderr
+    matches = re.findall(r"^(-?[\d.]+)  (\S+)$", result.stdout, re.MULTILINE)
+    assert len(matches) == 10 and matches[0] == ("1.000", f"mine/deep/{pictures[3].name}")
+    assert [float(value) for value, _ in matches] == sorted((float(value) for value, _ in matches), reverse=True)
+    assert Image.open(tmp_path / f"search-{pictures[3].stem}-1.png").size == (6 + 11 * 142, 6 + 294)
+    arrays = np.load(tmp_path / "mine.npz")
+    assert arrays["images_features"].shape == (12, 128)
+    assert arrays["images_names"][0] == f"mine/deep/{pictures[0].name}"
+    np.testing.assert_allclose(np.linalg.norm(arrays["images_features"], axis=1), 1, atol=1e-5)
+    flags = f"--checkpoint {checkpoint} --attention-maps maps --images"
+    assert run("evaluate.py", flags, tmp_path, pictures[0], pictures[1]).returncode == 0
+    assert Image.open(tmp_path / "maps/attention-1.png").size == (6 + 4 * 142, 6 + 2 * 294)
+
+
+def test_evaluate_on_other_data_than_trained_on(trained, demo_root, tmp_path):
+    checkpoint = trained[0] / "runs/synthetic-tiny/last.pt"
+    flags = f"--checkpoint {checkpoint} --dataset folder --json score.json --data-root"
+    result = run("evaluate.py", flags, tmp_path, demo_root / "synthetic")
+    assert "cross-domain: trained on synthetic, tested on folder" in result.stdout
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert (score["dataset"], score["trained_on"]) == ("folder", "synthetic")
+
+
+def test_export_needs_no_data(trained, tmp_path):
+    checkpoint = trained[0] / "runs/synthetic-tiny/last.pt"
+    result = run("evaluate.py", f"--checkpoint {checkpoint} --data-root nowhere --export model.pt2", tmp_path)
+    assert result.returncode == 0, result.stderr
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    assert module(torch.zeros(3, 3, 128, 64, dtype=torch.uint8)).shape == (3, 128)
 
 
 def test_training_learns(demo_root, tmp_path):
@@ -171,7 +238,7 @@ def test_the_schedule_and_the_optimizer_are_as_the_flags_say(demo_root, tmp_path
     log = (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["lr"] for line in log] == pytest.approx([0.008, 0.004, 0.002])
     args = train.parse_args(arguments.split() + more.split())
-    optimizer = train.make_optimizer(train.build_model(args, 20), args)
+    optimizer = train.make_optimizer(evaluate.build_model(args, 20), args)
     assert type(optimizer) is torch.optim.Adam
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(2e-4, 0.25), (0.008, 0.25)]
 
@@ -212,7 +279,7 @@ def test_every_row_of_the_tables_trains_its_own_parts(demo_root, tmp_path, row):
     arguments = f"--dataset synthetic --backbone tiny --epochs 1 --steps 2 --batch-ids 8 --eval-every 0 {flags}"
     args = train.parse_args(arguments.split())
     torch.manual_seed(0)
-    before = train.build_model(args, 20).state_dict()
+    before = evaluate.build_model(args, 20).state_dict()
     result = run("train.py", arguments, tmp_path, "--data-root", demo_root)
     assert result.returncode == 0, result.stderr
     checkpoint = tmp_path / "runs/synthetic-tiny/last.pt"
@@ -330,6 +397,25 @@ def test_a_weight_file_with_the_wrong_hash(demo_root, tmp_path, monkeypatch):
 
 def test_a_report_into_nowhere_is_refused_before_the_work(trained):
     refused(run("evaluate.py", "--json nowhere/score.json", trained[0]), "there is no folder nowhere")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--search some.jpg", "--search needs --images"),
+        ("--images .", "--images goes with --features, --search or --attention-maps"),
+        ("--images nowhere.jpg --features x.npz", "cannot read the picture nowhere.jpg"),
+        ("--images empty --features x.npz", "no pictures in empty"),
+        ("--images . --features x.npz --rerank", "leave --dataset, --rerank, --ranked-lists and --json away"),
+        ("--features nowhere/x.npz", "there is no folder nowhere"),
+        ("--export nowhere/x.pt2", "there is no folder nowhere"),
+        ("--export x.pt2 --prompt composed", "leave --prompt composed away"),
+        ("--count 0", "--count must be at least 1"),
+    ],
+)
+def test_flags_of_evaluate_that_make_no_sense(trained, flags, words):
+    (trained[0] / "empty").mkdir(exist_ok=True)
+    refused(run("evaluate.py", flags, trained[0]), words)
 
 
 @pytest.mark.parametrize(
