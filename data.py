@@ -231,10 +231,18 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
     takes one group of P random identities that have one left; the epoch ends when fewer than P identities have.
 
     `len` is the true number of batches, skipped ones included. The same seed and epoch give the same batches.
-    Raises ValueError if there are fewer than P identities.
+    part: (n, of) leaves only the n-th share of each batch's identities, from 0 on, for the n-th of so many processes.
+    Raises ValueError if there are fewer than P identities, or if P cannot be shared evenly.
     """
 
-    def __init__(self, pids: list[int], num_ids: int = 16, num_images: int = 4, seed: int = 0):
+    def __init__(
+        self,
+        pids: list[int],
+        num_ids: int = 16,
+        num_images: int = 4,
+        seed: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ):
         self.indices = defaultdict(list)
         for index, pid in enumerate(pids):
             self.indices[pid].append(index)
@@ -242,6 +250,13 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(
                 f"a batch needs {num_ids} identities, the data has {len(self.indices)}: use a smaller --batch-ids"
             )
+        number, parts = part
+        if num_ids % parts:
+            raise ValueError(
+                f"--batch-ids {num_ids} cannot be shared among {parts} processes: use a multiple of {parts}"
+            )
+        size = num_ids * num_images // parts
+        self.part = slice(number * size, (number + 1) * size)
         self.num_ids, self.num_images, self.seed = num_ids, num_images, seed
         self.set_epoch(1)
 
@@ -269,7 +284,7 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches[self.skip :])
+        return iter([batch[self.part] for batch in self.batches[self.skip :]])
 
 
 class Pictures(torch.utils.data.Dataset):

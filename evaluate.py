@@ -5,6 +5,7 @@ python evaluate.py --prompt simplified               "A photo of a person" for e
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -34,12 +36,113 @@ BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+# ------------------------------------------------------------------------- one process, or several (torchrun)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    if process_number() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> bool:
+    """Parts from the other processes; True for the first one, which goes on alone."""
+    is_first = process_number() == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return is_first
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_number() -> int:
+    """From 0 on; the first one prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of x (B, ...) of all processes, the first process's first: (processes * B, ...).
+
+    Only a process's own rows carry gradient. If each computes the same loss from all rows, the sum of the processes'
+    gradients is the gradient of that loss.
+    """
+    if processes() == 1:
+        return x
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(processes())]
+    dist.all_gather(parts, own)
+    parts[process_number()] = x
+    return torch.cat(parts)
+
+
+def agree(number: int | None) -> int | None:
+    """The largest of the processes' numbers, or None if none has one."""
+    if processes() == 1:
+        return number
+    largest = torch.tensor(number or 0)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item() or None
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model as training calls it: with several processes, batch statistics and gradients are of all of them."""
+    if processes() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.forward = functools.partial(synchronised_batch_norm, module)
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    # The sum, where its default is the mean: see `gather`.
+    parallel.register_comm_hook(
+        None,
+        lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
+    )
+    return parallel
+
+
+class SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward  # every process's result depends on every process's x
+
+
+def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """torch's SyncBatchNorm, which runs on GPUs only, for the CPU: (B, C, ...) -> (B, C, ...)"""
+    if not module.training:
+        return type(module).forward(module, x)
+    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    count = processes() * x.numel() // x.shape[1]
+    mean = SumOverProcesses.apply(x.sum(axes)) / count
+    centred = x - mean.view(shape)
+    variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
+    with torch.no_grad():
+        module.running_mean.lerp_(mean, module.momentum)
+        module.running_var.lerp_(variance * count / (count - 1), module.momentum)
+        module.num_batches_tracked += 1
+    return centred * (module.weight / (variance + module.eps).sqrt()).view(shape) + module.bias.view(shape)
+
+
 # -------------------------------------------------------------------------------------------------- scoring
 
 
 def show_progress(done: int, total: int, what: str) -> None:
     """A line that overwrites itself, on terminals."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and process_number() == 0:
         end = "\r\033[K" if done == total else ""
         print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
 
@@ -104,15 +207,19 @@ def rank_metrics(
 def extract(embed: Callable[[Tensor], Tensor], samples: list[data.Sample], args: argparse.Namespace) -> Tensor:
     """What `embed` makes of the pictures of samples, (N, D), float32 on the device; a progress line on terminals.
 
+    The pictures are dealt out to the processes in turn; every process returns the features of all of them.
     args: image_size, eval_batch_size, workers, device, precision, as the scripts' flags of these names.
     """
     features, done, device, dtype = [], 0, torch.device(args.device), PRECISIONS[args.precision]
-    for images, _ in data.test_loader(samples, args.image_size, args.eval_batch_size, args.workers):
+    even = samples + samples[:1] * (-len(samples) % processes())
+    own = even[process_number() :: processes()]
+    for images, _ in data.test_loader(own, args.image_size, args.eval_batch_size, args.workers):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features.append(embed(data.normalize(images.to(device, non_blocking=True))).float())
         done += len(images)
-        show_progress(done, len(samples), "pictures")
-    return torch.cat(features)
+        show_progress(done, len(own), "pictures")
+    in_turn = gather(torch.cat(features)).unflatten(0, (processes(), len(own))).transpose(0, 1)
+    return in_turn.flatten(0, 1)[: len(samples)]
 
 
 def labels_of(samples: list[data.Sample], device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -658,7 +765,8 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         args.dataset = "cuhk03-detected"
     on_cpu = torch.device(args.device).type == "cpu"
     if args.workers is None:
-        args.workers = 0 if on_cpu else min(8, os.cpu_count())  # on a CPU they would only compete with the model
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if on_cpu else min(8, cores)  # on a CPU they would only compete with the model
     if args.precision is None:
         args.precision = "fp32" if on_cpu else "bf16"
     if not 0 <= args.workers <= 256 or args.eval_batch_size < 1:
@@ -758,6 +866,8 @@ def score_dataset(model: PromptSG, checkpoint: dict, path: Path, args: argparse.
     if args.dataset != settings["dataset"]:
         print(f"cross-domain: trained on {settings['dataset']}, tested on {args.dataset}")
     result = score(model, dataset, args.prompt, args)
+    if not leave_processes():
+        return
     query, gallery = result["query"], result["gallery"]
     print(f"{args.dataset}, {args.prompt} prompt: {describe(result)}")
     report = {name: result[name] for name in (*SCORES, "images_per_second")}
@@ -798,6 +908,7 @@ def score_dataset(model: PromptSG, checkpoint: dict, path: Path, args: argparse.
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    join_processes(args)
     check_args(args)
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
@@ -809,6 +920,8 @@ def main(argv: list[str] | None = None) -> None:
     args.prompt = args.prompt or ("composed" if model.inversion else "simplified")
     if args.attention_maps and not model.interaction:
         raise ValueError("--attention-maps needs the interaction module, which this model was trained without")
+    if (args.export or args.images) and not leave_processes():
+        return
     if args.export:
         export(model, args.image_size, args.export)
     if args.images:

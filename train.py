@@ -28,7 +28,7 @@ import clip
 import data
 import evaluate
 import losses
-from model import COMPOSED_PROMPT, PromptSG, count_learnable
+from model import COMPOSED_PROMPT, Output, PromptSG, count_learnable
 
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
@@ -210,10 +210,17 @@ class Progress:
         )
 
 
+def gather_batch(output: Output, labels: Tensor) -> tuple[Output, Tensor]:
+    """The whole batch's, from the part of each process: every process computes the same losses."""
+    gather = evaluate.gather
+    text = None if output.text is None else gather(output.text)
+    states = [gather(state) for state in output.states]
+    return Output(gather(output.z), gather(output.logits), gather(output.image), text, states), gather(labels)
+
+
 def train_epoch(run: "Run", loader: DataLoader, progress: Progress, stop: "Stop") -> None:
     """The steps of one epoch that are left, or until a signal says stop."""
     model, args = run.model, run.args
-    forward = torch.compile(model) if args.compile else model
     device, dtype = torch.device(args.device), evaluate.PRECISIONS[args.precision]
     temperature = args.temperature or model.temperature
     directions = {"i2t": not args.without_i2t, "t2i": not args.without_t2i}
@@ -223,7 +230,8 @@ def train_epoch(run: "Run", loader: DataLoader, progress: Progress, stop: "Stop"
         labels = labels.to(device, non_blocking=True)  # (B,)
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = forward(images)
+            output = run.forward(images)
+        output, labels = gather_batch(output, labels)  # of all processes, if there are several
         terms = losses.promptsg_loss(
             output, labels, temperature, args.supcon_weight, args.margin, args.label_smoothing, **directions
         )
@@ -233,8 +241,8 @@ def train_epoch(run: "Run", loader: DataLoader, progress: Progress, stop: "Stop"
         run.scaler.update()
 
         terms["accuracy"] = (output.logits.argmax(dim=1) == labels).float().mean()
-        progress.update(len(images), terms)
-        if stop.signal:
+        progress.update(len(labels), terms)
+        if stop.asked():
             break
     if progress.unread:
         progress.read()
@@ -252,6 +260,9 @@ class Run:
 
     def __init__(self, model: PromptSG, args: argparse.Namespace):
         self.model, self.args = model, args
+        self.forward = evaluate.distribute(model)
+        if args.compile:
+            self.forward = torch.compile(self.forward)
         self.optimizer = make_optimizer(model, args)
         self.scheduler = StepLR(self.optimizer, args.decay_every, args.decay_factor)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
@@ -281,12 +292,19 @@ class Run:
     def record(self, **values: float) -> None:
         """Adds a line to the log."""
         self.log.append(values)
+        if evaluate.process_number() > 0:
+            return
         with (self.args.output / "log.jsonl").open("a") as log:
             log.write(json.dumps(values) + "\n")
 
 
 def write_whole(value: dict, path: Path) -> None:
-    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room."""
+    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room.
+
+    Only the first of several processes writes.
+    """
+    if evaluate.process_number() > 0:
+        return
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -313,6 +331,11 @@ class Stop:
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether this process, or another one of the run, has had a signal."""
+        self.signal = evaluate.agree(self.signal)
+        return self.signal is not None
 
     def handle(self, number: int, frame) -> None:
         self.signal = number
@@ -346,6 +369,8 @@ def find_run(args: argparse.Namespace) -> dict | None:
 
 def open_folder(run: Run) -> None:
     """Makes the run's folder, clears it of another run, and writes args.json and the log up to where the run stands."""
+    if evaluate.process_number() > 0:
+        return
     folder = run.args.output
     folder.mkdir(parents=True, exist_ok=True)
     if not run.args.resume:
@@ -383,7 +408,7 @@ def score(run: Run, dataset: data.Dataset) -> dict:
 def train(run: Run, dataset: data.Dataset, loader: DataLoader, sampler: data.PKSampler, stop: Stop) -> None:
     """The epochs that are left; returns early, with everything saved, if a signal said stop."""
     args, seconds, first = run.args, 0.0, run.epoch
-    while run.epoch < args.epochs and not stop.signal:
+    while run.epoch < args.epochs and not stop.asked():
         sampler.set_epoch(run.epoch + 1, skip=run.step)
         progress = Progress(run, min(len(sampler), args.steps or len(sampler)), args.log_every)
         try:
@@ -415,6 +440,7 @@ def train(run: Run, dataset: data.Dataset, loader: DataLoader, sampler: data.PKS
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    evaluate.join_processes(args)
     check_args(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -422,7 +448,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_run(args)
     dataset = data.load_dataset(args.dataset, args.data_root)
     print(data.summary(dataset))
-    sampler = data.PKSampler([sample.pid for sample in dataset.train], args.batch_ids, args.batch_images, args.seed)
+    pids, part = [sample.pid for sample in dataset.train], (evaluate.process_number(), evaluate.processes())
+    sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, part)
     loader = data.train_loader(dataset.train, sampler, args.image_size, args.workers, args.cache)
 
     model = evaluate.restore_model(checkpoint) if checkpoint else evaluate.build_model(args, dataset.num_identities)
@@ -438,10 +465,12 @@ def main(argv: list[str] | None = None) -> None:
             run.record(epoch=0, **score(run, dataset))
             run.save()
         train(run, dataset, loader, sampler, stop)
+    is_first = evaluate.leave_processes()
     if stop.signal:
         print(f"saved in {args.output}; go on with the same command and --resume", flush=True)
         sys.exit(128 + stop.signal)
-    evaluate.draw_curves(run.log, args.output / "curves.png")
+    if is_first:
+        evaluate.draw_curves(run.log, args.output / "curves.png")
     print(f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}")
 
 
