@@ -265,12 +265,8 @@ class AttentionPool(nn.Module):
         B, W, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)  # (B, M, W)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + M, W)
-        q, k, v = (
-            projection(x)
-            .reshape(B, 1 + h * w, self.heads, W // self.heads)
-            .transpose(1, 2)  # (B, heads, 1 + M, W / heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = [projection(x).unflatten(2, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (projected.transpose(1, 2) for projected in qkv)  # each (B, heads, 1 + M, W / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.c_proj(x.transpose(1, 2).reshape(B, 1 + h * w, W))
 
@@ -457,10 +453,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
         raise ValueError(f"{path} is damaged or no weight file ({one_line(error)})") from error
-    is_named_tensor = lambda item: isinstance(item[0], str) and isinstance(item[1], Tensor)  # noqa: E731
-    if not isinstance(state_dict, dict) or not all(map(is_named_tensor, state_dict.items())):
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} holds something else than a state dict: give OpenAI's .pt file")
-    state_dict = {name: tensor.float() for name, tensor in state_dict.items()}
+    state_dict = {str(name): tensor.float() for name, tensor in state_dict.items()}
     for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these three numbers
         state_dict.pop(name, None)
     return state_dict

@@ -1,7 +1,11 @@
-"""Scores a trained checkpoint: features of query and gallery -> CMC and mAP.
+"""Scores a trained checkpoint (features of query and gallery -> CMC and mAP), shows what it sees, and puts it to use.
 
 python evaluate.py                                   the newest run, with the prompt it was trained with
 python evaluate.py --prompt simplified               "A photo of a person" for everybody: the fast way
+python evaluate.py --attention-maps out              where the prompts look
+python evaluate.py --images folder --search one.jpg  the pictures most like one
+
+All else that one does with a trained model is here, too: re-ranking, ranked lists, features to a file, export.
 """
 
 import argparse
@@ -34,107 +38,6 @@ SCORES = ("mAP", "rank1", "rank5", "rank10")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# ------------------------------------------------------------------------- one process, or several (torchrun)
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
-    if process_number() > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def leave_processes() -> bool:
-    """Parts from the other processes; True for the first one, which goes on alone."""
-    is_first = process_number() == 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return is_first
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process_number() -> int:
-    """From 0 on; the first one prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gather(x: Tensor) -> Tensor:
-    """The rows of x (B, ...) of all processes, the first process's first: (processes * B, ...).
-
-    Only a process's own rows carry gradient. If each computes the same loss from all rows, the sum of the processes'
-    gradients is the gradient of that loss.
-    """
-    if processes() == 1:
-        return x
-    own = x.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(processes())]
-    dist.all_gather(parts, own)
-    parts[process_number()] = x
-    return torch.cat(parts)
-
-
-def agree(number: int | None) -> int | None:
-    """The largest of the processes' numbers, or None if none has one."""
-    if processes() == 1:
-        return number
-    largest = torch.tensor(number or 0)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item() or None
-
-
-def distribute(model: nn.Module) -> nn.Module:
-    """The model as training calls it: with several processes, batch statistics and gradients are of all of them."""
-    if processes() == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.forward = functools.partial(synchronised_batch_norm, module)
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    # The sum, where its default is the mean: see `gather`.
-    parallel.register_comm_hook(
-        None,
-        lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
-    )
-    return parallel
-
-
-class SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward  # every process's result depends on every process's x
-
-
-def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """torch's SyncBatchNorm, which runs on GPUs only, for the CPU: (B, C, ...) -> (B, C, ...)"""
-    if not module.training:
-        return type(module).forward(module, x)
-    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-    count = processes() * x.numel() // x.shape[1]
-    mean = SumOverProcesses.apply(x.sum(axes)) / count
-    centred = x - mean.view(shape)
-    variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
-    with torch.no_grad():
-        module.running_mean.lerp_(mean, module.momentum)
-        module.running_var.lerp_(variance * count / (count - 1), module.momentum)
-        module.num_batches_tracked += 1
-    return centred * (module.weight / (variance + module.eps).sqrt()).view(shape) + module.bias.view(shape)
 
 
 # -------------------------------------------------------------------------------------------------- scoring
@@ -222,8 +125,8 @@ def extract(embed: Callable[[Tensor], Tensor], samples: list[data.Sample], args:
     return in_turn.flatten(0, 1)[: len(samples)]
 
 
-def labels_of(samples: list[data.Sample], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Identities and cameras, each (N,)."""
+def labels_of(samples: list[data.Sample], device: torch.device | str) -> Tensor:
+    """Identities and cameras: (2, N)"""
     return torch.tensor([(sample.pid, sample.camid) for sample in samples], device=device).T.contiguous()
 
 
@@ -280,6 +183,14 @@ def measure_speed(model: PromptSG, args: argparse.Namespace, repetitions: int = 
     return {name: batch / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
 
 
+def print_speed(model: PromptSG, args: argparse.Namespace) -> None:
+    """`measure_speed` for people, as multiples of the visual encoder's."""
+    speeds = measure_speed(model, args)
+    alone = speeds["visual encoder"]
+    table = [f"{name} {speed:.0f} images/s ({speed / alone:.2f}x)" for name, speed in speeds.items()]
+    print(f"the model alone (Table 5): {', '.join(table)}")
+
+
 def describe(result: dict) -> str:
     """One line for people."""
     ranks = "  ".join(f"Rank-{k} {result[f'rank{k}']:.1%}" for k in (1, 5, 10))
@@ -288,6 +199,11 @@ def describe(result: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- re-ranking
+
+
+def cosine(query: Tensor, gallery: Tensor) -> Callable[[int, int], Tensor]:
+    """The plain ranking as `rows`: similarities of the queries begin to end to the gallery, (end - begin, G)."""
+    return lambda begin, end: query[begin:end] @ gallery.T
 
 
 def k_reciprocal(
@@ -348,7 +264,7 @@ def find_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         part = slice(begin, begin + chunk)
         similarities = features[part] @ features.T  # (chunk, N)
         neighbours[part] = similarities.topk(k).indices
-        farthest[part] = 2 - 2 * similarities.amin(dim=1)
+        farthest[part] = (2 - 2 * similarities.amin(dim=1)).clamp(min=1e-12)  # 0 if all pictures are the same
         show_progress(min(begin + chunk, N), N, "pictures compared")
     return neighbours, farthest
 
@@ -451,6 +367,7 @@ def attention_inside(
 
 
 def print_attention_inside(models: dict[str, PromptSG], dataset: data.Dataset, args: argparse.Namespace) -> None:
+    """`attention_inside` of each model and prompt, for people."""
     for name, model in models.items():
         for prompt in ("simplified", "composed") if model.inversion else ("simplified",):
             share, peak, area = attention_inside(model, dataset, prompt, args)
@@ -520,10 +437,9 @@ def draw_ranked_lists(
     """Each query and its ten best, framed green if right and red if wrong; junk is left out."""
     drawing = []
     for q in queries:
-        query, similarity = dataset.query[q], rows(q, q + 1)[0].clone()
-        for g, sample in enumerate(dataset.gallery):
-            if (sample.pid, sample.camid) == (query.pid, query.camid):
-                similarity[g] = -torch.inf
+        query = dataset.query[q]
+        is_junk = [(sample.pid, sample.camid) == (query.pid, query.camid) for sample in dataset.gallery]
+        similarity = rows(q, q + 1)[0].cpu().masked_fill(torch.tensor(is_junk), -torch.inf)
         tiles = [tile(data.read_picture(query.path, TILE), f"query {query.pid} c{query.camid}")]
         for value, g in zip(*(column.tolist() for column in similarity.topk(min(10, len(similarity))))):
             sample = dataset.gallery[g]
@@ -614,6 +530,107 @@ def round_ticks(greatest: float) -> list[float]:
     step = 10 ** math.floor(math.log10(greatest / 2))
     step *= next(factor for factor in (0.5, 1, 2, 5) if greatest / (step * factor) <= 7)
     return [step * i for i in range(math.ceil(greatest / step) + 1)]
+
+
+# ------------------------------------------------------------------------- one process, or several (torchrun)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    if process_number() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+
+
+def leave_processes() -> bool:
+    """Parts from the other processes; True for the first one, which goes on alone."""
+    is_first = process_number() == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return is_first
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_number() -> int:
+    """From 0 on; the first one prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of x (B, ...) of all processes, the first process's first: (processes * B, ...).
+
+    Only a process's own rows carry gradient. If each computes the same loss from all rows, the sum of the processes'
+    gradients is the gradient of that loss.
+    """
+    if processes() == 1:
+        return x
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(processes())]
+    dist.all_gather(parts, own)
+    parts[process_number()] = x
+    return torch.cat(parts)
+
+
+def agree(number: int | None) -> int | None:
+    """The largest of the processes' numbers, or None if none has one."""
+    if processes() == 1:
+        return number
+    largest = torch.tensor(number or 0)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item() or None
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model as training calls it: with several processes, batch statistics and gradients are of all of them."""
+    if processes() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.forward = functools.partial(synchronised_batch_norm, module)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    # The sum, where its default is the mean: see `gather`.
+    parallel.register_comm_hook(
+        None,
+        lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
+    )
+    return parallel
+
+
+class SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward  # every process's result depends on every process's x
+
+
+def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """torch's SyncBatchNorm, which runs on GPUs only, for the CPU: (B, C, ...) -> (B, C, ...)"""
+    if not module.training:
+        return type(module).forward(module, x)
+    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    count = processes() * x.numel() // x.shape[1]
+    mean = SumOverProcesses.apply(x.sum(axes)) / count
+    centred = x - mean.view(shape)
+    variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
+    with torch.no_grad():
+        module.running_mean.lerp_(mean, module.momentum)
+        module.running_var.lerp_(variance * count / (count - 1), module.momentum)
+        module.num_batches_tracked += 1
+    return centred * (module.weight / (variance + module.eps).sqrt()).view(shape) + module.bias.view(shape)
 
 
 # ------------------------------------------------------------------------------------- models and checkpoints
@@ -730,9 +747,19 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
     )
 
 
-def write_features(path: Path, arrays: dict[str, list | Tensor]) -> None:
-    """Writes names, labels and features (N, D) into one .npz."""
-    arrays = {name: values.cpu().numpy() if isinstance(values, Tensor) else values for name, values in arrays.items()}
+def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Tensor) -> None:
+    """Names, identities, cameras and features of query (Q, D) and gallery (G, D) into one .npz."""
+    arrays = {}
+    for subset, features in (("query", query), ("gallery", gallery)):
+        samples = getattr(dataset, subset)
+        arrays[f"{subset}_names"] = [sample.path.name for sample in samples]
+        arrays[f"{subset}_ids"], arrays[f"{subset}_cams"] = labels_of(samples, "cpu").numpy()
+        arrays[f"{subset}_features"] = features.cpu().numpy()
+    write_arrays(path, arrays)
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    """An .npz of exactly this name, where np.savez would add its own suffix."""
     with path.open("wb") as file:
         np.savez(file, **arrays)
     print(f"features written to {path}: arrays {', '.join(arrays)}")
@@ -851,7 +878,7 @@ def use_images(model: PromptSG, args: argparse.Namespace) -> None:
         features = extract(lambda images: model.embed(images, args.prompt), samples, args)
     if args.features:
         names = [str(sample.path) for sample in samples]
-        write_features(args.features, {"images_names": names, "images_features": features})
+        write_arrays(args.features, {"images_names": names, "images_features": features.cpu().numpy()})
     if args.search:
         query = data.Sample(args.search, data.JUNK, 0)
         feature = extract(lambda images: model.embed(images, args.prompt), [query], args)[0]
@@ -868,7 +895,6 @@ def score_dataset(model: PromptSG, checkpoint: dict, path: Path, args: argparse.
     result = score(model, dataset, args.prompt, args)
     if not leave_processes():
         return
-    query, gallery = result["query"], result["gallery"]
     print(f"{args.dataset}, {args.prompt} prompt: {describe(result)}")
     report = {name: result[name] for name in (*SCORES, "images_per_second")}
     report |= {
@@ -877,7 +903,12 @@ def score_dataset(model: PromptSG, checkpoint: dict, path: Path, args: argparse.
         "trained_on": settings["dataset"],
         "checkpoint": str(path),
     }
+
+    query, gallery = result["query"], result["gallery"]
+    rows = cosine(query, gallery)
     if args.rerank:
+        N = len(query) + len(gallery)
+        print(f"re-ranking compares {N:,} pictures with each other: about {0.3 + 8e-6 * N:.1f} GB besides the features")
         rows = k_reciprocal(query, gallery)
         result = rank(query, gallery, dataset, rows)
         print(f"{args.dataset}, {args.prompt} prompt, re-ranked: {describe(result)}")
@@ -885,25 +916,16 @@ def score_dataset(model: PromptSG, checkpoint: dict, path: Path, args: argparse.
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     if args.features:
-        arrays = {}
-        for subset, samples, features in (("query", dataset.query, query), ("gallery", dataset.gallery, gallery)):
-            names, (ids, cams) = [sample.path.name for sample in samples], labels_of(samples, "cpu")
-            arrays |= {f"{subset}_names": names, f"{subset}_ids": ids, f"{subset}_cams": cams}
-            arrays[f"{subset}_features"] = features
-        write_features(args.features, arrays)
+        write_features(args.features, dataset, query, gallery)
     queries = choose_queries(result["ap"], args.queries, args.count)
     if args.ranked_lists:
-        rows = rows if args.rerank else lambda begin, end: query[begin:end] @ gallery.T
         draw_ranked_lists(dataset, rows, queries, args.ranked_lists / "ranked")
     if args.attention_maps:
         draw_attention(model, [dataset.query[q] for q in queries], args, args.attention_maps / "attention")
     if dataset.name == "synthetic" and model.interaction:
         untrained = build_model(argparse.Namespace(**settings), dataset.num_identities).to(args.device).eval()
         print_attention_inside({"untrained": untrained, "trained": model}, dataset, args)
-    speeds = measure_speed(model, args)
-    alone = speeds["visual encoder"]
-    table = [f"{name} {speed:.0f} images/s ({speed / alone:.2f}x)" for name, speed in speeds.items()]
-    print(f"the model alone (Table 5): {', '.join(table)}")
+    print_speed(model, args)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,18 +32,8 @@ from model import COMPOSED_PROMPT, Output, PromptSG, count_learnable
 
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
-# No weight depends on these flags, so that a run may be resumed with others.
-MACHINE_FLAGS = (
-    "data_root",
-    "device",
-    "workers",
-    "eval_batch_size",
-    "output",
-    "resume",
-    "overwrite",
-    "log_every",
-    "cache",
-)
+# No weight of an epoch depends on these flags, so that a run may be resumed with others.
+FREE_FLAGS = "data_root device workers eval_batch_size output resume overwrite log_every cache epochs eval_every".split()
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -361,7 +351,7 @@ def find_run(args: argparse.Namespace) -> dict | None:
     checkpoint = evaluate.load_checkpoint(last)
     for name, value in settings_of(args).items():
         before = checkpoint["args"].get(name)
-        if name not in MACHINE_FLAGS and before != value:
+        if name not in FREE_FLAGS and before != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{last} was trained with {flag} {before}, not {value}: give the same flags to --resume")
     return checkpoint

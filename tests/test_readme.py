@@ -1,0 +1,167 @@
+"""The README says what the code does: commands, names, files and defaults; and a bare train.py is section 5.1."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import evaluate
+import train
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"train.py": (train.parse_args, train.check_args), "evaluate.py": (evaluate.parse_args, evaluate.check_args)}
+
+
+def commands() -> list[str]:
+    """Every run of a script of ours, in code blocks and in tables."""
+    code = re.findall(r"`([^`\n]+)`", README) + re.findall(r"^    (\S.*)$", README, re.MULTILINE)
+    parts = [part.strip() for line in code for part in line.split("&&")]
+    return sorted({part for part in parts if re.match(r"(python|torchrun)\b.*\.py", part)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command, tmp_path, monkeypatch):
+    """Against the scripts' own parsers and checks."""
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    flags = words[words.index(script) + 1 :]
+    assert (ROOT / script).is_file()
+    if script.startswith("tests/"):
+        assert all(flag in (ROOT / script).read_text() for flag in flags)
+        return
+    if "--help" in flags:
+        return
+    monkeypatch.chdir(tmp_path)
+    parse_args, check_args = SCRIPTS[script]
+    check_args(parse_args(flags))
+
+
+def test_there_are_commands_for_every_row_of_the_tables():
+    assert len(commands()) > 35
+    for flag in ("--baseline", "--without-i2t", "--without-t2i", "--without-interaction", "--train-prompt", "--blocks"):
+        assert any(flag in command for command in commands())
+
+
+def test_flags_exist():
+    actions = [action for parse_args, _ in SCRIPTS.values() for action in parser_of(parse_args)._actions]
+    known = {option for action in actions for option in action.option_strings}
+    known |= {"--nproc_per_node", "--quick"}  # torchrun's; tests/benchmark.py's
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
+
+
+def parser_of(parse_args) -> argparse.ArgumentParser:
+    """The parser that a script builds, caught when it is about to parse."""
+    found, parse = [], argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = lambda self, argv: found.append(self) or parse(self, argv)
+    try:
+        parse_args([])
+    finally:
+        argparse.ArgumentParser.parse_args = parse
+    return found[0]
+
+
+def test_files_and_functions_exist():
+    names = set(re.findall(r"`((?:clip|model|losses|data|train|evaluate)\.\w[\w.]*)`", README))
+    files = {name for name in names if name.endswith(".py")}
+    assert len(names - files) > 20
+    for name in names - files:
+        module, *attributes = name.split(".")
+        thing = importlib.import_module(module)
+        for attribute in attributes:
+            if not hasattr(thing, attribute):
+                pytest.fail(f"the README names {name}, which does not exist")
+            thing = getattr(thing, attribute)
+    for path in (
+        files | set(re.findall(r"\]\(([\w/.-]+)\)", README)) | {f"tests/{name}" for name in ("", "benchmark.py")}
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def test_links_lead_to_headings():
+    headings = [line.lstrip("# ") for line in README.splitlines() if line.startswith("#")]
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_every_equation_figure_and_table_is_named():
+    table = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    for number in range(1, 11):
+        assert re.search(rf"Eqs?\. (\d+, )*{number}\b", table), f"Eq. {number}"
+    for number in (1, 2, 3, 4):
+        assert re.search(rf"Figures? (\d+, )*{number}\b", table), f"Figure {number}"
+    assert "Table 1" in table and "Tables 2 to 6" in table
+
+
+def test_stated_defaults_are_the_codes():
+    rows = re.findall(r"^\| .* \| `--([\w-]+)` \| ([\w. -]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 10
+    args = train.parse_args([])
+    for flag, stated in rows:
+        value = getattr(args, flag.replace("-", "_"))
+        words = stated.split()
+        found = (
+            [str(value)] if isinstance(value, str) else [float(part) for part in (value if len(words) > 1 else [value])]
+        )
+        assert found == [type(part)(word) for part, word in zip(found, words, strict=True)], flag
+
+
+# ---------------------------------------------------------------------------------------------- section 5.1
+
+
+def test_a_bare_train_py_is_section_5_1(make_model):
+    """Value by value, from the flags to what the optimizer does in sixty epochs."""
+    args = train.parse_args([])
+    assert args.backbone == "vit"  # "ResNet-50 and ViT-B/16"
+    assert evaluate.BACKBONES["vit"] == "ViT-B/16" and evaluate.BACKBONES["resnet"] == "RN50"
+    assert (
+        args.batch_ids == 16 and args.batch_images == 4
+    )  # "64, encompassing 16 identities with 4 images per identity"
+    assert args.image_size == [256, 128]
+    assert args.epochs == 60
+    assert args.supcon_weight == 0.5  # lambda of Eq. 10
+    assert args.composed_prompt == "A photo of a S* person"
+    assert args.train_prompt == "composed" and args.blocks == 2  # "two transformer blocks"
+    rows = ("baseline", "without_i2t", "without_t2i", "without_interaction")
+    assert not any(getattr(args, row) for row in rows)
+
+    args.device, args.precision, model = "cpu", "fp32", make_model()
+    run = train.Run(model, args)
+    assert type(run.optimizer) is torch.optim.Adam
+    rates = []
+    for _ in range(args.epochs):
+        rates.append(run.learning_rates())
+        run.optimizer.step()
+        run.scheduler.step()
+    for epochs, factor in ((rates[:20], 1), (rates[20:40], 0.1), (rates[40:], 0.01)):
+        for visual, new in epochs:
+            assert visual == pytest.approx(5e-6 * factor) and new == pytest.approx(5e-5 * factor)
+    trained = [{id(p) for p in group["params"]} for group in run.optimizer.param_groups]
+    assert trained[0] == {id(p) for p in model.clip.visual.parameters()}
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("clip.") and not name.startswith("clip.visual.") or name == "bnneck.bias"
+        assert parameter.requires_grad != frozen, name
+        assert frozen or id(parameter) in trained[0] | trained[1], name
+
+    layers = [type(layer) for layer in model.inversion]
+    assert layers == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear, nn.BatchNorm1d]  # "three-layered", BN last
+    assert [layer.out_features for layer in model.inversion if isinstance(layer, nn.Linear)][:2] == [512, 512]
+
+
+def test_choices_of_ours_are_as_the_readme_says():
+    """The rest of the defaults, which the table of choices states."""
+    args = train.parse_args([])
+    assert (args.label_smoothing, args.margin, args.weight_decay, args.temperature) == (0.1, 0.3, 1e-4, None)
+    for words in ("label smoothing 0.1", "margin 0.3", "weight decay 1e-4", "0.01 in OpenAI's weights"):
+        assert words in README
+
+
+def test_no_picture_is_large():
+    """The README's pictures are of drawn people, and small."""
+    for path in Path(ROOT / "docs").iterdir():
+        assert path.suffix == ".png" and path.stat().st_size < 400_000, path
