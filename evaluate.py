@@ -331,19 +331,23 @@ def relevance(model: PromptSG, images: Tensor, prompt: str) -> Tensor:
     """How much each token matters for the similarity of the image to its prompt: (B, 3, H, W) -> (B, 1 + M).
 
     Transformer relevance (Chefer, Gur and Wolf, ICCV 2021, which generalises the paper's [2]), for a ViT: from the
-    first layer to the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities and S is the cosine
-    of z and the text embedding. The cross-attention weights token i by a_i, so that its matrix is diagonal.
+    first layer to the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The cross-attention
+    weights token i by a_i, so that its matrix is diagonal. S is the cosine of the text embedding and both of the image's
+    representations: v, which L_SupCon brings to it (Eq. 5), and z, which takes the way through the interaction module.
     """
     with torch.no_grad():
         text = model.text_feature(model.clip.encode_image(images).embedding, prompt).expand(len(images), -1)
     with RecordAttention() as record:
-        z = model.interact(model.clip.encode_image(images).tokens, text)
-    gradients = torch.autograd.grad(F.cosine_similarity(z, text).sum(), record.maps)
-    R = torch.eye(record.maps[0].shape[-1]).to(record.maps[0])
+        features = model.clip.encode_image(images)
+        z = model.interact(features.tokens, text)
+    similarity = F.cosine_similarity(features.embedding, text) + F.cosine_similarity(z, text)
+    gradients = torch.autograd.grad(similarity.sum(), record.maps)
+    identity = torch.eye(record.maps[0].shape[-1]).to(record.maps[0])
+    R = identity
     for A, gradient in zip(record.maps, gradients):
         positive = (A * gradient).detach().clamp(min=0)
         R = R + (positive.mean(dim=1) @ R if A.dim() == 4 else positive.unsqueeze(2) * R)  # (B, 1 + M, 1 + M)
-    return R.mean(dim=1)  # z is the mean of the last tokens
+    return (R - identity).mean(dim=1)  # z is the mean of the last tokens; a token's relevance to itself tells nothing
 
 
 def person_shares(dataset: data.Dataset, samples: list[data.Sample], grid: tuple[int, int]) -> Tensor:
