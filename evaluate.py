@@ -332,8 +332,8 @@ def relevance(model: PromptSG, images: Tensor, prompt: str) -> Tensor:
 
     Transformer relevance (Chefer, Gur and Wolf, ICCV 2021, which generalises the paper's [2]), for a ViT: from the
     first layer to the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The cross-attention
-    weights token i by a_i, so that its matrix is diagonal. S is the cosine of the text embedding and both of the image's
-    representations: v, which L_SupCon brings to it (Eq. 5), and z, which takes the way through the interaction module.
+    weights token i by a_i, so that its matrix is diagonal. S is the cosine of the text embedding to both of the image's
+    representations, summed: v, which L_SupCon brings to it (Eq. 5), and z, which passes the interaction module.
     """
     with torch.no_grad():
         text = model.text_feature(model.clip.encode_image(images).embedding, prompt).expand(len(images), -1)

@@ -33,7 +33,8 @@ from model import COMPOSED_PROMPT, Output, PromptSG, count_learnable
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
 # No weight of an epoch depends on these flags, so that a run may be resumed with others.
-FREE_FLAGS = [
+FREE_FLAGS = ["data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every"]
+FREE_FLAGS += ["cache", "epochs", "eval_every"]
     "data_root",
     "device",
     "workers",
