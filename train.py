@@ -35,18 +35,6 @@ TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1
 # No weight of an epoch depends on these flags, so that a run may be resumed with others.
 FREE_FLAGS = ["data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every"]
 FREE_FLAGS += ["cache", "epochs", "eval_every"]
-    "data_root",
-    "device",
-    "workers",
-    "eval_batch_size",
-    "output",
-    "resume",
-    "overwrite",
-    "log_every",
-    "cache",
-    "epochs",
-    "eval_every",
-]
 
 
 # -------------------------------------------------------------------------------------------- command line
