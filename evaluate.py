@@ -746,7 +746,7 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
         raise ValueError(f"{path} differs from the model by {difference:.1e}: do not use it, and please report this")
     height, width = image_size
     print(
-        f"exported to {path}: RGB uint8 (B, 3, {height}, {width}) -> ({more.shape[0]}, {len(model.bnneck.weight)}); "
+        f"exported to {path}: RGB uint8 (B, 3, {height}, {width}) -> (B, {len(model.bnneck.weight)}); "
         f"differs from the model by {difference:.0e}; use it: torch.export.load({str(path)!r}).module()"
     )
 

@@ -1,5 +1,6 @@
 """Several processes compute what one computes: gloo on the CPU, double precision."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +170,16 @@ def test_parts_of_a_batch_make_the_batch():
         assert [len({pids[index] for index, _ in share}) for share in shares] == [2, 2, 2]
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, from what Linux says of all."""
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone since
+            parent = path.read_text().rsplit(")", 1)[1].split()[1]
+            children += [int(path.parent.name)] if int(parent) == pid else []
+    return sorted(children)
+
+
 def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
     """The README's command on two CPU processes: one voice, one log; killing one of them ends the other."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
@@ -179,8 +191,7 @@ def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
         while "epoch 2/1000" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
         assert (tmp_path / "out").read_text().count("epoch 1/1000  step 3/3") == 1
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     finally:
         process.kill()
