@@ -856,8 +856,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--search needs --images: the pictures to search in")
     if args.images and not (args.features or args.search or args.attention_maps):
         raise ValueError("--images goes with --features, --search or --attention-maps: say which")
-    if args.images and (args.dataset or args.rerank or args.ranked_lists or args.json):
-        raise ValueError("--images are not a test split: leave --dataset, --rerank, --ranked-lists and --json away")
+    if (args.images or args.export) and (args.dataset or args.rerank or args.ranked_lists or args.json):
+        raise ValueError(
+            "--images and --export score nothing: leave --dataset, --rerank, --ranked-lists and --json away"
+        )
+    if args.export and not args.images and (args.features or args.attention_maps):
+        raise ValueError("--export reads no dataset: leave --features and --attention-maps away, or give --images")
     if args.export and args.prompt == "composed":
         raise ValueError("--export writes the model with the simplified prompt: leave --prompt composed away")
 

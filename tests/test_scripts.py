@@ -407,6 +407,8 @@ def test_a_report_into_nowhere_is_refused_before_the_work(trained):
         ("--features nowhere/x.npz", "there is no folder nowhere"),
         ("--export nowhere/x.pt2", "there is no folder nowhere"),
         ("--export x.pt2 --prompt composed", "leave --prompt composed away"),
+        ("--export x.pt2 --rerank", "leave --dataset, --rerank, --ranked-lists and --json away"),
+        ("--export x.pt2 --features x.npz", "--export reads no dataset"),
         ("--count 0", "--count must be at least 1"),
     ],
 )
