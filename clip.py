@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.machine import one_line
+
 # The folder before the file's name is the file's sha256.
 URLS = {
     "ViT-B/16": "https://openaipublic.azureedge.net/clip/models/"
@@ -129,6 +131,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
         self.heads = heads
+        self.keep_map = False
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -140,7 +143,11 @@ class Attention(nn.Module):
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W / heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        if self.keep_map:  # in the open, for who wants to see it; not causal
+            self.map = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, N, N), with its gradient
+            x = self.map @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, N, W))
 
 
@@ -176,10 +183,16 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width: int, layers: int):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads(width), layers) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads(width), layers) for _ in range(layers))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(B, N, W) -> (B, N, W)"""
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
 
 
-def heads(width: int) -> int:
+def num_heads(width: int) -> int:
     """CLIP's rule: 64 channels a head."""
     return max(1, width // 64)
 
@@ -286,7 +299,7 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self.stage(4 * width, 2 * width, layers[1], stride=2)
         self.layer3 = self.stage(8 * width, 4 * width, layers[2], stride=2)
         self.layer4 = self.stage(16 * width, 8 * width, layers[3], stride=last_stride)
-        self.attnpool = AttentionPool(grid, 32 * width, heads(32 * width), embed_dim)
+        self.attnpool = AttentionPool(grid, 32 * width, num_heads(32 * width), embed_dim)
 
     @staticmethod
     def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -359,8 +372,7 @@ class CLIP(nn.Module):
         """Token embeddings (N, L, T), position of the end token (N,) -> text features (N, D), not normalised."""
         N, L, _ = embeddings.shape
         x = embeddings + self.positional_embedding[:L]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)
+        x = self.transformer(x, causal=True)
         x = x[torch.arange(N, device=x.device), end]  # (N, T)
         return self.ln_final(x) @ self.text_projection
 
@@ -392,11 +404,6 @@ def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stri
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({one_line(error)})") from error
     return model.eval()
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of another library's message, fit to be part of ours."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0) -> CLIP:

@@ -1,8 +1,10 @@
-"""The training losses of PromptSG, Eqs. 2-6 and 8-10.
+"""The training losses of PromptSG, Eqs. 2-6, 8 and 9; their sum, Eq. 10, is in train.py.
 
 The paper prints Eqs. 2, 3, 5, 6 and 8 without the minus sign that makes them losses; it is put back here.
 B images, D joint embedding, K identities.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,17 @@ def supcon_direction(anchors: Tensor, candidates: Tensor, labels: Tensor, temper
     return -(log_p * positive).sum(dim=1).mean()
 
 
-def supcon_loss(image: Tensor, text: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
-    """L_SupCon of Eq. 4, both directions: image (B, D), text (B, D), labels (B,) -> scalar."""
-    i2t = supcon_direction(image, text, labels, temperature)  # Eq. 5
-    t2i = supcon_direction(text, image, labels, temperature)  # Eq. 6
-    return i2t + t2i
+def supcon_loss(
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    directions: Sequence[str] = ("i2t", "t2i"),
+) -> Tensor:
+    """L_SupCon of Eq. 4: image (B, D), text (B, D), labels (B,) -> scalar, which is 0 for no direction at all."""
+    pairs = {"i2t": (image, text), "t2i": (text, image)}  # Eq. 5, Eq. 6
+    zero = torch.zeros((), device=image.device)
+    return sum((supcon_direction(*pairs[direction], labels, temperature) for direction in directions), zero)
 
 
 def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1) -> Tensor:
@@ -66,29 +74,3 @@ def triplet_loss(features: Tensor, labels: Tensor, margin: float = 0.3) -> Tenso
     d_p = distance.masked_fill(~same, 0).amax(dim=1)
     d_n = distance.masked_fill(same, torch.inf).amin(dim=1)
     return F.relu(d_p - d_n + margin).mean()
-
-
-def promptsg_loss(
-    output,
-    labels: Tensor,
-    temperature: float | Tensor,
-    supcon_weight: float = 0.5,
-    margin: float = 0.3,
-    label_smoothing: float = 0.1,
-    i2t: bool = True,
-    t2i: bool = True,
-) -> dict[str, Tensor]:
-    """Eq. 10 and its terms by name, scalars, from a batch's model.Output and labels (B,).
-
-    The triplet loss is taken on z and on the last three states of the visual encoder, and summed (section 4.3).
-    i2t, t2i: the two directions of L_SupCon (Table 3 b and c leave one out); it is 0 where no prompt was composed.
-    """
-    loss_triplet = sum(triplet_loss(features, labels, margin) for features in [output.z, *output.states])
-    loss_id = identity_loss(output.logits, labels, label_smoothing)
-    loss_supcon = torch.zeros_like(loss_id)
-    if output.text is not None and i2t:
-        loss_supcon = loss_supcon + supcon_direction(output.image, output.text, labels, temperature)
-    if output.text is not None and t2i:
-        loss_supcon = loss_supcon + supcon_direction(output.text, output.image, labels, temperature)
-    loss = loss_triplet + loss_id + supcon_weight * loss_supcon  # Eq. 10
-    return {"loss": loss, "loss_triplet": loss_triplet, "loss_id": loss_id, "loss_supcon": loss_supcon}

@@ -1,18 +1,22 @@
-"""PromptSG (Yang et al., CVPR 2024): section 4 of the paper, in the paper's order.
+"""PromptSG (Yang et al., CVPR 2024): section 4 of the paper, in the paper's order; and how a script gets a model.
 
 Symbols: B images, M patches, D joint embedding of CLIP, T width of CLIP's word embeddings, K identities.
 """
 
+import argparse
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip import CLIP, ResidualAttentionBlock, heads, tokenize, tokenizer
+import clip
+from clip import CLIP, ResidualAttentionBlock, num_heads, tokenize, tokenizer
+from util.machine import one_line
 
 COMPOSED_PROMPT = "A photo of a S* person"
 SIMPLIFIED_PROMPT = "A photo of a person"
+BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}  # --backbone: CLIP's name for it
 
 
 class InversionNetwork(nn.Sequential):
@@ -43,7 +47,7 @@ class InteractionModule(nn.Module):
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.blocks = nn.Sequential(*(ResidualAttentionBlock(dim, heads(dim), blocks) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(ResidualAttentionBlock(dim, num_heads(dim), blocks) for _ in range(blocks)))
 
     def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Softmax(Q K^T / sqrt d) of Eq. 7, over the tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
@@ -52,23 +56,27 @@ class InteractionModule(nn.Module):
         K = self.key(tokens)  # (B, 1 + M, D)
         return (torch.einsum("bd,bnd->bn", Q, K) / D**0.5).softmax(dim=1)
 
+    def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens X (B, 1 + M, D), re-weighted by an attention map (B, 1 + M) -> representation z (B, D)."""
+        N = tokens.shape[1]
+        V = self.value(tokens)  # (B, 1 + M, D)
+        Z = N * attention.unsqueeze(2) * V  # (B, 1 + M, D): Figure 3's shape; its mean over the tokens is Eq. 7
+        return self.blocks(Z).mean(dim=1)
+
     def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Text embedding l (B or 1, D), image tokens X (B, 1 + M, D) -> representation z (B, D)."""
-        B, N, D = tokens.shape
-        attention = self.attention_map(text, tokens).view(B, N, 1)
-        V = self.value(tokens)  # (B, 1 + M, D)
-        Z = N * attention * V  # (B, 1 + M, D), the shape that Figure 3 draws; its mean over the tokens is Eq. 7
-        return self.blocks(Z).mean(dim=1)
+        return self.aggregate(self.attention_map(text, tokens), tokens)
 
 
 class Output(NamedTuple):
     """What the losses need of one training batch."""
 
-    z: Tensor  # (B, D) the final representation
+    triplet_features: list[
+        Tensor
+    ]  # what the triplet loss is taken on: z (B, D), and three states (B, W) of the encoder
     logits: Tensor  # (B, K)
     image: Tensor  # (B, D) the global visual embedding v
-    text: Tensor | None  # (B, D) the text embedding l of each image's composed prompt
-    states: list[Tensor]  # the last three states of the visual encoder, each (B, W)
+    text: Tensor  # (B, D) the text embedding l of each image's prompt
 
 
 class PromptSG(nn.Module):
@@ -95,6 +103,13 @@ class PromptSG(nn.Module):
         composed_prompt: str = COMPOSED_PROMPT,
     ):
         super().__init__()
+        self.model_args = dict(
+            num_identities=num_identities,
+            blocks=blocks,
+            interaction=interaction,
+            inversion=inversion,
+            composed_prompt=composed_prompt,
+        )  # with which `restore_model` builds it again
         self.clip = clip_model
         self.clip.requires_grad_(False)  # section 4: "the text encoder is frozen in our entire framework"
         self.clip.visual.requires_grad_(True)
@@ -108,16 +123,15 @@ class PromptSG(nn.Module):
         self.classifier = nn.Linear(D, num_identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-        if composed_prompt.split().count("S*") != 1:
+        words = composed_prompt.split()
+        if words.count("S*") != 1:
             raise ValueError(f"the composed prompt {composed_prompt!r} must have S* as one of its words, once")
-        # S* takes the place of a word, here "x"; it follows "A photo of a", that is, stands where that text would end.
-        self.slot = tokenize(composed_prompt.split("S*")[0]).argmax().item()
-        composed = tokenize(composed_prompt.replace("S*", "x"))
+        before = " ".join(words[: words.index("S*")])
+        self.slot = 1 + len(tokenizer().encode(before))  # behind the start token and the tokens of "A photo of a"
+        composed = tokenize(" ".join("x" if word == "S*" else word for word in words))  # S* takes the place of a word
         self.end = composed.argmax().item()
-        if (
-            self.clip.token_embedding.num_embeddings != tokenizer().size
-            or len(self.clip.positional_embedding) <= self.end
-        ):
+        has_clips_words = self.clip.token_embedding.num_embeddings == tokenizer().size
+        if not has_clips_words or len(self.clip.positional_embedding) <= self.end:
             raise ValueError("this CLIP has another vocabulary than OpenAI's, or reads too few tokens for the prompt")
         self.register_buffer("composed_ids", composed[:, : self.end + 1], persistent=False)  # (1, 8)
         with torch.no_grad():  # a frozen encoder gives a fixed text one feature for ever
@@ -150,9 +164,10 @@ class PromptSG(nn.Module):
     def forward(self, images: Tensor) -> Output:
         """Normalised images (B, 3, H, W) -> what the losses need; prompts are composed if the model has the network."""
         features = self.clip.encode_image(images)
-        text = self.compose(features.embedding) if self.inversion else None
-        z = self.interact(features.tokens, self.simplified_text if text is None else text)
-        return Output(z, self.classifier(self.bnneck(z)), features.embedding, text, features.states)
+        v = features.embedding
+        text = self.compose(v) if self.inversion else self.simplified_text.expand(len(v), -1)
+        z = self.interact(features.tokens, text)
+        return Output([z, *features.states], self.classifier(self.bnneck(z)), v, text)
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         """Image tokens (B, 1 + M, D), text (B or 1, D) -> z (B, D), which is v without the interaction module."""
@@ -193,3 +208,49 @@ class PromptSG(nn.Module):
 def count_learnable(model: nn.Module) -> int:
     """Number of learnable parameters (Table 6's #Params)."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------- from flags, and from a checkpoint
+
+
+def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
+    """CLIP with its weights, and PromptSG around it, new modules initialised from the seed.
+
+    args: train.py's flags. Raises ValueError if the weights are not those of --backbone, and what `clip.load` raises.
+    """
+    name = BACKBONES[args.backbone]
+    if name == "tiny" and args.clip_weights not in (None, "random"):
+        raise ValueError("--backbone tiny has random weights: drop --clip-weights")
+    if name == "tiny" or args.clip_weights == "random":
+        clip_model = clip.untrained(name, tuple(args.image_size), args.seed)
+        if name != "tiny":
+            print("WARNING: CLIP starts from RANDOM weights (--clip-weights random): the results will mean nothing")
+    else:
+        clip_model = clip.load(args.clip_weights or name, tuple(args.image_size))
+        if isinstance(clip_model.visual, clip.VisionTransformer) != (name == "ViT-B/16"):
+            raise ValueError(f"--clip-weights {args.clip_weights} are not those of --backbone {args.backbone}")
+    torch.manual_seed(args.seed)
+    return PromptSG(
+        clip_model,
+        num_identities,
+        blocks=args.blocks,
+        interaction=not (args.baseline or args.without_interaction),
+        inversion=not (args.baseline or args.train_prompt == "simplified"),
+        composed_prompt=args.composed_prompt,
+    )
+
+
+def restore_model(checkpoint: dict) -> PromptSG:
+    """The model of train.py's checkpoint, in eval mode; CLIP's sizes are read off the weights.
+
+    Raises ValueError if the weights do not fit the arguments saved with them.
+    """
+    weights = checkpoint["model"]
+    clip_weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
+    try:
+        clip_model = CLIP(**clip.read_sizes(clip_weights), image_size=tuple(checkpoint["args"]["image_size"]))
+        model = PromptSG(clip_model, **checkpoint["model_args"])
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"the checkpoint's weights do not fit its settings ({one_line(error)})") from error
+    return model.eval()

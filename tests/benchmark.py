@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import losses  # noqa: E402
 import train  # noqa: E402
 from model import PromptSG  # noqa: E402
+from util.machine import show_progress  # noqa: E402
+from util.rerank import k_reciprocal  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -38,7 +39,7 @@ def take_turns(ways: dict[str, Callable], repetitions: int) -> dict[str, list[fl
     seconds = {name: [] for name in ways}
     for turn in range(1 + repetitions):
         for name, way in ways.items():
-            evaluate.show_progress(turn, repetitions, name)
+            show_progress(turn, repetitions, name)
             start = time.perf_counter()
             way()
             if CUDA:
@@ -122,18 +123,13 @@ def table_5(repetitions: int, batch: int) -> None:
 
 
 def training_step(repetitions: int, batches: list[int], ceiling: float) -> None:
-    model = new_model().train()
-    optimizer = train.make_optimizer(model, argparse.Namespace(lr_visual=5e-6, lr_new=5e-5, weight_decay=1e-4))
+    args = train.parse_args(["--device", str(DEVICE)])
+    train.check_args(args)
+    run = train.Run(new_model().train(), args)
 
-    def step(batch: int):
-        images = torch.randn(batch, 3, 256, 128, device=DEVICE)
-        labels = torch.arange(batch, device=DEVICE) // 4
-        with torch.autocast(DEVICE.type, DTYPE, enabled=CUDA):
-            output = model(images)
-        loss = losses.promptsg_loss(output, labels, 0.01)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def step(batch: int) -> None:
+        images = torch.randint(0, 256, (batch, 3, 256, 128), dtype=torch.uint8)
+        train.update(run, images, torch.arange(batch) // 4)
 
     seconds = medians(
         {f"training step, batch {batch}": lambda batch=batch: step(batch) for batch in batches}, repetitions
@@ -192,7 +188,7 @@ def naive_rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, galle
 
 
 def reranked_metrics(query, gallery, *labels) -> float:
-    return evaluate.rank_metrics(query, gallery, *labels, evaluate.k_reciprocal(query, gallery))["mAP"]
+    return evaluate.rank_metrics(query, gallery, *labels, k_reciprocal(query, gallery))["mAP"]
 
 
 def scoring(sizes: dict[str, tuple[int, int, int]]) -> None:

@@ -10,13 +10,14 @@ sys.path.insert(0, str(ROOT))  # so that plain `pytest` works as well as `python
 import clip  # noqa: E402
 import data  # noqa: E402
 from model import PromptSG  # noqa: E402
+from util import demo  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
     """A --data-root with a small drawing of the demo data: 20 + 6 identities, four cameras."""
     root = tmp_path_factory.mktemp("data")
-    data.draw_synthetic(root / "synthetic", train_ids=20, test_ids=6, pictures=8)
+    demo.draw_dataset(root / "synthetic", data.MARKET_FOLDERS, train_ids=20, test_ids=6, pictures=8)
     return root
 
 

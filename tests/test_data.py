@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 from data import PKSampler, Sample
+from util import demo
 
 # ---------------------------------------------------------------------------------------------- readers
 
@@ -290,9 +291,9 @@ def test_augmentation_flips_crops_and_erases_as_often_as_it_should():
 
 
 def test_the_demo_is_drawn_once_and_alike(tmp_path, capsys):
-    data.draw_synthetic(tmp_path / "a", train_ids=2, test_ids=1)
-    data.draw_synthetic(tmp_path / "b", train_ids=2, test_ids=1)
-    data.draw_synthetic(tmp_path / "c", train_ids=2, test_ids=1, seed=1)
+    demo.draw_dataset(tmp_path / "a", data.MARKET_FOLDERS, train_ids=2, test_ids=1)
+    demo.draw_dataset(tmp_path / "b", data.MARKET_FOLDERS, train_ids=2, test_ids=1)
+    demo.draw_dataset(tmp_path / "c", data.MARKET_FOLDERS, train_ids=2, test_ids=1, seed=1)
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert len(names) > 40
     for name in names:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import clip
+import data
 import losses
+import train
 from model import COMPOSED_PROMPT, SIMPLIFIED_PROMPT, InteractionModule, PromptSG, count_learnable
 
 
@@ -120,7 +122,7 @@ def test_the_retrieval_feature_is_taken_behind_the_bnneck(make_model, images):
     model = make_model().eval()
     model.bnneck.running_mean.normal_()
     model.bnneck.weight.data.uniform_(0.5, 2)
-    expected = torch.nn.functional.normalize(model.bnneck(model(images).z), dim=1)
+    expected = torch.nn.functional.normalize(model.bnneck(model(images).triplet_features[0]), dim=1)
     torch.testing.assert_close(model.embed(images), expected)
 
 
@@ -134,7 +136,15 @@ def test_embed_differs_between_prompts_and_refuses_others(make_model, images):
 # -------------------------------------------------------------------------------------------- what is learned
 
 
-@pytest.mark.parametrize("term", ["loss_triplet", "loss_id", "loss_supcon"])
+def loss_terms(output, labels, temperature: float) -> dict[str, torch.Tensor]:
+    return {
+        "triplet": sum(losses.triplet_loss(features, labels) for features in output.triplet_features),
+        "identity": losses.identity_loss(output.logits, labels),
+        "supcon": losses.supcon_loss(output.image, output.text, labels, temperature),
+    }
+
+
+@pytest.mark.parametrize("term", ["triplet", "identity", "supcon"])
 def test_every_loss_reaches_s_star_and_the_image_through_the_frozen_text(make_model, images, labels, term):
     """Also ID and triplet loss: they reach the inversion network through the text that steers the map."""
     model = make_model().train()
@@ -143,7 +153,7 @@ def test_every_loss_reaches_s_star_and_the_image_through_the_frozen_text(make_mo
     model.inversion.register_forward_hook(lambda module, inputs, output: pseudo_words.append(output))
     output = model(images)
     pseudo_words[0].retain_grad()
-    losses.promptsg_loss(output, labels, model.temperature)[term].backward()
+    loss_terms(output, labels, model.temperature)[term].backward()
     assert pseudo_words[0].shape == (8, 128) and pseudo_words[0].grad.abs().max() > 1e-9
     assert model.inversion[0].weight.grad.abs().max() > 1e-9
     assert model.clip.visual.conv1.weight.grad.abs().max() > 1e-9
@@ -161,7 +171,7 @@ def test_training_changes_all_that_is_learnable_and_no_text_weight(make_model, i
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameter_groups(1e-3, 1e-3), weight_decay=1e-4)
     for _ in range(3):
-        loss = losses.promptsg_loss(model(images), labels, model.temperature)["loss"]
+        loss = sum(loss_terms(model(images), labels, model.temperature).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -205,21 +215,65 @@ def test_the_model_runs_on_a_resnet(images, labels):
     config = dict(embed_dim=64, vision_layers=(1, 1, 1, 1), vision_width=16, text_width=64, text_layers=1)
     model = PromptSG(clip.CLIP(**config, vocab_size=49408, image_size=(64, 32)), 4).train()
     output = model(images)
-    assert output.z.shape == (8, 64) and output.logits.shape == (8, 4)
-    losses.promptsg_loss(output, labels, model.temperature)["loss"].backward()
+    assert output.triplet_features[0].shape == (8, 64) and output.logits.shape == (8, 4)
+    sum(loss_terms(output, labels, model.temperature).values()).backward()
     assert model.clip.visual.conv1.weight.grad.abs().max() > 0
 
 
 def test_without_interaction_z_is_the_visual_embedding(make_model, images):
     model = make_model(interaction=False).eval()
     output = model(images)
-    assert model.interaction is None and output.text is not None
-    assert torch.equal(output.z, output.image)
+    assert model.interaction is None
+    assert torch.equal(output.triplet_features[0], output.image)
+    torch.testing.assert_close(output.text, model.compose(output.image))
 
 
 def test_without_inversion_only_the_simplified_prompt_exists(make_model, images):
     model = make_model(inversion=False).eval()
-    assert model.inversion is None and model(images).text is None
+    assert model.inversion is None
+    assert torch.equal(model(images).text, model.simplified_text.expand(8, -1))
     assert model.embed(images, "simplified").shape == (8, 128)
     with pytest.raises(ValueError, match="simplified"):
         model.embed(images, "composed")
+
+
+def test_a_feature_does_not_depend_on_its_batch(make_model, images):
+    """Alone, in another order, among other pictures: the same feature to 1e-5, whatever the prompt."""
+    model = make_model().eval()
+    with torch.no_grad():
+        for prompt in ("composed", "simplified"):
+            features = model.embed(images, prompt)
+            alone = torch.cat([model.embed(image[None], prompt) for image in images])
+            torch.testing.assert_close(alone, features, atol=1e-5, rtol=0)
+            order = torch.tensor([5, 2, 7, 0])
+            torch.testing.assert_close(model.embed(images[order], prompt), features[order], atol=1e-5, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------- the update
+
+
+@pytest.mark.parametrize("flags", ["", "--without-i2t", "--train-prompt simplified", "--baseline"])
+def test_an_update_is_eq_10_and_one_step_of_adam(make_model, flags):
+    argv = "--backbone tiny --device cpu --batch-ids 4 --supcon-weight 0.7 --margin 1.3 --label-smoothing 0.2 "
+    args = train.parse_args((argv + flags).split())
+    train.check_args(args)
+    ablations = {"inversion": args.train_prompt == "composed" and not args.baseline, "interaction": not args.baseline}
+    run, other = (train.Run(make_model(**ablations).train(), args) for _ in range(2))
+    images = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
+    loss, triplet, identity, supcon, accuracy = train.update(run, images, labels)
+
+    output = other.model(data.normalize(images))
+    expected_triplet = sum(losses.triplet_loss(features, labels, 1.3) for features in output.triplet_features)
+    expected_identity = losses.identity_loss(output.logits, labels, 0.2)
+    directions = {"": ["i2t", "t2i"], "--without-i2t": ["t2i"]}.get(flags, [])
+    expected_supcon = losses.supcon_loss(output.image, output.text, labels, other.model.temperature, directions)
+    torch.testing.assert_close(triplet, expected_triplet)
+    torch.testing.assert_close(identity, expected_identity)
+    torch.testing.assert_close(supcon, expected_supcon)
+    torch.testing.assert_close(loss, triplet + identity + 0.7 * supcon)
+    assert accuracy == (output.logits.argmax(dim=1) == labels).float().mean()
+    (expected_triplet + expected_identity + 0.7 * expected_supcon).backward()
+    other.optimizer.step()
+    for one, expected in zip(run.model.parameters(), other.model.parameters()):
+        torch.testing.assert_close(one, expected)

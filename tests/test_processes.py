@@ -1,6 +1,10 @@
-"""Several processes compute what one computes: gloo on the CPU, double precision."""
+"""Several processes compute what one computes: gloo on the CPU, double precision.
+
+train.py takes a GPU for each process, and torch's SyncBatchNorm refuses CPUs. `on_cpus` replaces both, here alone.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,12 +16,52 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import evaluate
 import train
+from util import machine
+
+
+class SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward  # every process's result depends on every process's x
+
+
+def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """SyncBatchNorm for the CPU: (B, C, ...) -> (B, C, ...)"""
+    if not module.training:
+        return type(module).forward(module, x)
+    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    count = machine.world_size() * x.numel() // x.shape[1]
+    mean = SumOverProcesses.apply(x.sum(axes)) / count
+    centred = x - mean.view(shape)
+    variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
+    with torch.no_grad():
+        module.running_mean.lerp_(mean, module.momentum)
+        module.running_var.lerp_(variance * count / (count - 1), module.momentum)
+        module.num_batches_tracked += 1
+    return centred * (module.weight / (variance + module.eps).sqrt()).view(shape) + module.bias.view(shape)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = functools.partial(synchronised_batch_norm, module)
+    return model
+
+
+def on_cpus() -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm = convert
+    machine.require_gpus = lambda args: None
 
 
 def in_processes(count: int, work, *arguments) -> None:
@@ -38,6 +82,7 @@ def in_processes(count: int, work, *arguments) -> None:
 
 
 def _one_process(number: int, count: int, port: int, work, arguments: tuple) -> None:
+    on_cpus()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -46,9 +91,9 @@ def _one_process(number: int, count: int, port: int, work, arguments: tuple) -> 
 
 def train_in_double_precision(number: int, arguments: str, output) -> None:
     """train.py, its model and pictures in float64."""
-    build, restore, normalize = evaluate.build_model, evaluate.restore_model, data.normalize
-    evaluate.build_model = lambda *args: build(*args).double()
-    evaluate.restore_model = lambda checkpoint: restore(checkpoint).double()
+    build, restore, normalize = train.build_model, train.restore_model, data.normalize
+    train.build_model = lambda *args: build(*args).double()
+    train.restore_model = lambda checkpoint: restore(checkpoint).double()
     data.normalize = lambda images: normalize(images).double()
     train.main([*arguments.split(), "--output", str(output)])
 
@@ -87,7 +132,7 @@ def test_a_run_goes_on_with_another_number_of_processes(demo_root, tmp_path):
     flags = f"{FLAGS} --epochs 2 --eval-every 2 --data-root {demo_root}"
     in_processes(1, train_in_double_precision, flags, tmp_path / "whole")
     in_processes(2, interrupted, flags, tmp_path / "parts")
-    assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 2
+    assert len(torch.load(tmp_path / "parts/last.pt", weights_only=True)["rows"]) == 2
     in_processes(1, train_in_double_precision, flags + " --resume", tmp_path / "parts")
     # Six steps: where a gradient is no larger than Adam's epsilon, 1e-8, its update tells rounding apart.
     assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "parts"), tolerance=1e-6)
@@ -95,14 +140,15 @@ def test_a_run_goes_on_with_another_number_of_processes(demo_root, tmp_path):
 
 def interrupted(number: int, flags: str, output) -> None:
     """Only the second process has the signal, in its second step; both must stop there and save."""
-    update = train.Progress.update
+    update, steps = train.update, []
 
-    def update_and_signal(progress, *args):
-        update(progress, *args)
-        if number == 1 and progress.step == 2:
+    def update_and_signal(*args):
+        steps.append(update(*args))
+        if number == 1 and len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+        return steps[-1]
 
-    train.Progress.update = update_and_signal
+    train.update = update_and_signal
     with pytest.raises(SystemExit) as stop:
         train_in_double_precision(number, flags, output)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -117,54 +163,22 @@ def test_evaluation_shares_the_pictures(demo_root, make_model):
 def extract_some(number: int, samples, model) -> None:
     args = evaluate.parse_args(["--device", "cpu", "--eval-batch-size", "5"])
     args.image_size = (64, 32)
-    evaluate.check_machine_flags(args)
+    machine.check_machine_flags(args)
     alone = evaluate.extract(model.embed, samples, args)
-    evaluate.join_processes(args)
+    machine.join_processes(args)
     for count in (len(samples), 10, 2, 1):
         torch.testing.assert_close(evaluate.extract(model.embed, samples[:count], args), alone[:count])
-    evaluate.leave_processes()
-
-
-def test_batch_statistics_are_of_all_processes(tmp_path):
-    """Outputs, running statistics and gradients of torch's own batch normalisation over the whole batch."""
-    in_processes(2, compare_batch_norm)
-
-
-def compare_batch_norm(number: int) -> None:
-    evaluate.join_processes(evaluate.parse_args(["--device", "cpu"]))
-    torch.manual_seed(0)
-    for module, x in ((nn.BatchNorm1d(5), torch.randn(6, 5)), (nn.BatchNorm2d(5), torch.randn(6, 5, 3, 2))):
-        nn.init.normal_(module.weight), nn.init.normal_(module.bias)
-        whole, own = nn.Sequential(module.double()), nn.Sequential(type(module)(5).double())
-        own.load_state_dict(whole.state_dict())
-        x, weights = x.double(), torch.randn_like(x.double())
-        expected_x = x.clone().requires_grad_()
-        expected = whole(expected_x)
-        (expected * weights).sum().backward()
-
-        part = slice(3 * number, 3 * number + 3)
-        own_x = x[part].clone().requires_grad_()
-        parallel = evaluate.distribute(own)
-        found = parallel(own_x)
-        torch.testing.assert_close(found, expected[part])
-        (found * weights[part]).sum().backward()
-        torch.testing.assert_close(own_x.grad, expected_x.grad[part])
-        for one, other in zip(own.parameters(), whole.parameters()):
-            torch.testing.assert_close(one.grad, other.grad)
-        for name, tensor in whole.state_dict().items():
-            torch.testing.assert_close(own.state_dict()[name], tensor)
-        torch.testing.assert_close(parallel.eval()(x[part]), whole.eval()(x[part]))
-    evaluate.leave_processes()
+    machine.leave_processes()
 
 
 def test_identities_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="--batch-ids 16 cannot be shared among 3 processes"):
-        data.PKSampler(list(range(40)) * 4, num_ids=16, part=(0, 3))
+        data.PKSampler(list(range(40)) * 4, num_ids=16, rank=0, world_size=3)
 
 
 def test_parts_of_a_batch_make_the_batch():
     pids = list(range(12)) * 5
-    whole, *parts = (data.PKSampler(pids, 6, 2, part=part) for part in ((0, 1), (0, 3), (1, 3), (2, 3)))
+    whole, *parts = (data.PKSampler(pids, 6, 2, 0, *share) for share in ((0, 1), (0, 3), (1, 3), (2, 3)))
     for batch, *shares in zip(whole, *parts, strict=True):
         assert batch == sum(shares, [])
         assert [len({pids[index] for index, _ in share}) for share in shares] == [2, 2, 2]
@@ -180,10 +194,19 @@ def children_of(pid: int) -> list[int]:
     return sorted(children)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_a_process_without_a_gpu_is_refused(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "train.py"), *FLAGS.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "error: training takes a GPU for each process: 2 processes, 0 GPUs" in result.stderr
+
+
 def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
     """The README's command on two CPU processes: one voice, one log; killing one of them ends the other."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    command += [*FLAGS.split(), "--epochs", "1000", "--eval-every", "0", "--data-root", demo_root]
+    command = [*TORCHRUN, __file__, *FLAGS.split(), "--epochs", "1000", "--eval-every", "0", "--data-root", demo_root]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -196,4 +219,8 @@ def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
     finally:
         process.kill()
     assert "SIGKILL" in (tmp_path / "out").read_text()
-    assert torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)["epoch"] >= 1
+
+
+if __name__ == "__main__":  # train.py on CPUs, for torchrun
+    on_cpus()
+    machine.exit_on_error(train.main)

@@ -12,34 +12,35 @@ from conftest import ROOT
 from torch import nn
 
 import evaluate
+import model
 import train
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"train.py": (train.parse_args, train.check_args), "evaluate.py": (evaluate.parse_args, evaluate.check_args)}
+SCRIPTS = {"train.py": train, "evaluate.py": evaluate}
+SCRIPTS |= {f"extras.{name}": importlib.import_module(f"extras.{name}") for name in ("look", "search", "export")}
 
 
 def commands() -> list[str]:
     """Every run of a script of ours, in code blocks and in tables."""
-    code = re.findall(r"`([^`\n]+)`", README) + re.findall(r"^    (\S.*)$", README, re.MULTILINE)
+    code = re.findall(r"`([^`\n]+)`", TEXT) + re.findall(r"^    (\S.*)$", TEXT, re.MULTILINE)
     parts = [part.strip() for line in code for part in line.split("&&")]
-    return sorted({part for part in parts if re.match(r"(python|torchrun)\b.*\.py", part)})
+    return sorted({part for part in parts if re.match(r"(python|torchrun)\b.*(\.py|extras\.\w+)\b", part)})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command, tmp_path, monkeypatch):
     """Against the scripts' own parsers and checks."""
     words = shlex.split(command)
-    script = next(word for word in words if word.endswith(".py"))
+    script = next(word for word in words if word.endswith(".py") or word.startswith("extras."))
     flags = words[words.index(script) + 1 :]
-    assert (ROOT / script).is_file()
     if script.startswith("tests/"):
         assert all(flag in (ROOT / script).read_text() for flag in flags)
-        return
-    if "--help" in flags:
-        return
-    monkeypatch.chdir(tmp_path)
-    parse_args, check_args = SCRIPTS[script]
-    check_args(parse_args(flags))
+    elif "--help" not in flags:
+        monkeypatch.chdir(tmp_path)
+        args = SCRIPTS[script].parse_args(flags)
+        getattr(SCRIPTS[script], "check_args", lambda args: None)(args)
 
 
 def test_there_are_commands_for_every_row_of_the_tables():
@@ -49,10 +50,22 @@ def test_there_are_commands_for_every_row_of_the_tables():
 
 
 def test_flags_exist():
-    actions = [action for parse_args, _ in SCRIPTS.values() for action in parser_of(parse_args)._actions]
+    actions = [action for script in SCRIPTS.values() for action in parser_of(script.parse_args)._actions]
     known = {option for action in actions for option in action.option_strings}
     known |= {"--nproc_per_node", "--quick"}  # torchrun's; tests/benchmark.py's
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known
+
+
+def test_help_states_the_defaults():
+    """In brackets, beside the flag."""
+    for action in parser_of(train.parse_args)._actions[1:]:
+        stated = (action.help % {"default": action.default}).split("(")[-1]
+        for value in action.default if isinstance(action.default, list) else [action.default]:
+            numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", stated)]
+            if value is not None and not isinstance(value, bool):
+                assert value in numbers if isinstance(value, int | float) else stated.startswith(str(value)), (
+                    action.dest
+                )
 
 
 def parser_of(parse_args) -> argparse.ArgumentParser:
@@ -60,14 +73,14 @@ def parser_of(parse_args) -> argparse.ArgumentParser:
     found, parse = [], argparse.ArgumentParser.parse_args
     argparse.ArgumentParser.parse_args = lambda self, argv: found.append(self) or parse(self, argv)
     try:
-        parse_args([])
+        parse_args(["--images", "."] if "search" in parse_args.__module__ else [])
     finally:
         argparse.ArgumentParser.parse_args = parse
     return found[0]
 
 
 def test_files_and_functions_exist():
-    names = set(re.findall(r"`((?:clip|model|losses|data|train|evaluate)\.\w[\w.]*)`", README))
+    names = set(re.findall(r"`((?:clip|model|losses|data|train|evaluate)\.\w[\w.]*)`", TEXT))
     files = {name for name in names if name.endswith(".py")}
     assert len(names - files) > 20
     for name in names - files:
@@ -75,7 +88,7 @@ def test_files_and_functions_exist():
         thing = importlib.import_module(module)
         for attribute in attributes:
             if not hasattr(thing, attribute):
-                pytest.fail(f"the README names {name}, which does not exist")
+                pytest.fail(f"a page names {name}, which does not exist")
             thing = getattr(thing, attribute)
     for path in (
         files | set(re.findall(r"\]\(([\w/.-]+)\)", README)) | {f"tests/{name}" for name in ("", "benchmark.py")}
@@ -118,7 +131,7 @@ def test_a_bare_train_py_is_section_5_1(make_model):
     """Value by value, from the flags to what the optimizer does in sixty epochs."""
     args = train.parse_args([])
     assert args.backbone == "vit"  # "ResNet-50 and ViT-B/16"
-    assert evaluate.BACKBONES["vit"] == "ViT-B/16" and evaluate.BACKBONES["resnet"] == "RN50"
+    assert model.BACKBONES["vit"] == "ViT-B/16" and model.BACKBONES["resnet"] == "RN50"
     assert (
         args.batch_ids == 16 and args.batch_images == 4
     )  # "64, encompassing 16 identities with 4 images per identity"
@@ -130,8 +143,8 @@ def test_a_bare_train_py_is_section_5_1(make_model):
     rows = ("baseline", "without_i2t", "without_t2i", "without_interaction")
     assert not any(getattr(args, row) for row in rows)
 
-    args.device, args.precision, model = "cpu", "fp32", make_model()
-    run = train.Run(model, args)
+    args.device, args.precision, promptsg = "cpu", "fp32", make_model()
+    run = train.Run(promptsg, args)
     assert type(run.optimizer) is torch.optim.Adam
     rates = []
     for _ in range(args.epochs):
@@ -142,15 +155,15 @@ def test_a_bare_train_py_is_section_5_1(make_model):
         for visual, new in epochs:
             assert visual == pytest.approx(5e-6 * factor) and new == pytest.approx(5e-5 * factor)
     trained = [{id(p) for p in group["params"]} for group in run.optimizer.param_groups]
-    assert trained[0] == {id(p) for p in model.clip.visual.parameters()}
-    for name, parameter in model.named_parameters():
+    assert trained[0] == {id(p) for p in promptsg.clip.visual.parameters()}
+    for name, parameter in promptsg.named_parameters():
         frozen = name.startswith("clip.") and not name.startswith("clip.visual.") or name == "bnneck.bias"
         assert parameter.requires_grad != frozen, name
         assert frozen or id(parameter) in trained[0] | trained[1], name
 
-    layers = [type(layer) for layer in model.inversion]
+    layers = [type(layer) for layer in promptsg.inversion]
     assert layers == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear, nn.BatchNorm1d]  # "three-layered", BN last
-    assert [layer.out_features for layer in model.inversion if isinstance(layer, nn.Linear)][:2] == [512, 512]
+    assert [layer.out_features for layer in promptsg.inversion if isinstance(layer, nn.Linear)][:2] == [512, 512]
 
 
 def test_choices_of_ours_are_as_the_readme_says():

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: from the command line, on the drawn demo data."""
+"""The scripts as a user runs them: from the command line, on the drawn demo data."""
 
 import contextlib
 import io
@@ -18,7 +18,11 @@ from openai_format import SMALL_RESNET, SMALL_VIT, small_weights, write_archive
 from PIL import Image
 
 import evaluate
+import model
 import train
+from extras import export, look, search
+from util import machine
+from util.rerank import k_reciprocal
 
 QUICK = "--dataset synthetic --backbone tiny --epochs 2 --batch-ids 8 --eval-every 1"
 
@@ -30,12 +34,13 @@ def run_process(script: str, arguments: str, folder, *more) -> subprocess.Comple
 
 def run(script: str, arguments: str, folder, *more) -> subprocess.CompletedProcess:
     """The same without starting Python and importing torch anew, which takes seconds."""
-    main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
+    module = {module.__name__.split(".")[-1]: module for module in (train, evaluate, look, search, export)}
+    main = module[script.removesuffix(".py").removeprefix("extras.")].main
     argv, out, error, status, before = [*arguments.split(), *map(str, more)], io.StringIO(), "", 0, os.getcwd()
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out):
-            evaluate.exit_on_error(lambda: main(argv))
+            machine.exit_on_error(lambda: main(argv))
     except SystemExit as stop:
         error, status = str(stop.code), 1
     finally:
@@ -132,29 +137,34 @@ def test_resume_goes_on_where_the_run_stopped(trained, demo_root, tmp_path):
         assert one == other
 
 
-def test_evaluate_draws_writes_and_ranks_again(trained, demo_root, tmp_path):
-    flags = (
-        "--rerank --ranked-lists out --attention-maps out --count 3 --queries random --features all.npz --json s.json"
-    )
-    shutil.copytree(trained[0] / "runs", tmp_path / "runs")
-    result = run("evaluate.py", flags, tmp_path, "--data-root", demo_root)
+def test_evaluate_writes_and_ranks_again(trained, demo_root, tmp_path):
+    checkpoint = trained[0] / "runs/synthetic-tiny/last.pt"
+    flags = f"--checkpoint {checkpoint} --rerank 10 4 --features all.npz --json s.json --data-root"
+    result = run("evaluate.py", flags, tmp_path, demo_root)
     assert result.returncode == 0, result.stderr
     assert re.search(r"re-ranked: mAP \d+\.\d%  Rank-1", result.stdout)
-    for model, prompt in itertools.product(("untrained", "trained"), ("simplified", "composed")):
-        assert re.search(rf"attention on the person, {model}, {prompt} prompt: \d+\.\d% of it", result.stdout)
-    assert Image.open(tmp_path / "out/attention-1.png").size == (6 + 4 * 142, 6 + 3 * 294)
-    assert Image.open(tmp_path / "out/ranked-1.png").size == (6 + 11 * 142, 6 + 3 * 294)
     score, arrays = json.loads((tmp_path / "s.json").read_text()), np.load(tmp_path / "all.npz")
     tensors = {name: torch.tensor(arrays[name]) for name in arrays.files if not name.endswith("names")}
     assert len(arrays["query_names"]) == len(tensors["query_features"]) == 24
     assert arrays["gallery_names"][0].endswith(".jpg")
     pairs = [tensors[f"{subset}_{kind}"] for kind in ("features", "ids", "cams") for subset in ("query", "gallery")]
     assert evaluate.rank_metrics(*pairs)["mAP"] == pytest.approx(score["mAP"], abs=1e-6)
-    rows = evaluate.k_reciprocal(*pairs[:2])
-    assert evaluate.rank_metrics(*pairs, rows)["mAP"] == pytest.approx(score["reranked"]["mAP"], abs=1e-6)
+    reranked = evaluate.rank_metrics(*pairs, k_reciprocal(*pairs[:2], 10, 4))
+    assert reranked["mAP"] == pytest.approx(score["reranked"]["mAP"], abs=1e-6)
 
 
-def test_evaluate_on_ones_own_pictures(trained, demo_root, tmp_path):
+def test_look_draws_and_measures(trained, demo_root, tmp_path):
+    checkpoint = trained[0] / "runs/synthetic-tiny/last.pt"
+    flags = f"--checkpoint {checkpoint} --output out --count 3 --queries random --rerank --data-root"
+    result = run("extras.look", flags, tmp_path, demo_root)
+    assert result.returncode == 0, result.stderr
+    for name, prompt in itertools.product(("untrained", "trained"), ("simplified", "composed")):
+        assert re.search(rf"attention on the person, {name}, {prompt} prompt: \d+\.\d% of it", result.stdout)
+    assert Image.open(tmp_path / "out/attention-1.png").size == (6 + 4 * 142, 6 + 3 * 294)
+    assert Image.open(tmp_path / "out/ranked-1.png").size == (6 + 11 * 142, 6 + 3 * 294)
+
+
+def test_ones_own_pictures(trained, demo_root, tmp_path):
     """Features of a folder, attention on single files, a search that finds the picture itself; no dataset is read."""
     folder, checkpoint = demo_root / "synthetic/query", trained[0] / "runs/synthetic-tiny/last.pt"
     pictures = sorted(folder.iterdir())
@@ -162,8 +172,8 @@ def test_evaluate_on_ones_own_pictures(trained, demo_root, tmp_path):
     for picture in pictures[:12]:
         shutil.copy(picture, tmp_path / "mine/deep")
     (tmp_path / "mine/notes.txt").write_text("not a picture")
-    flags = f"--checkpoint {checkpoint} --data-root nowhere --images mine --features mine.npz --search"
-    result = run("evaluate.py", flags, tmp_path, pictures[3])
+    flags = f"--checkpoint {checkpoint} --data-root nowhere --images mine --features mine.npz --query"
+    result = run("extras.search", flags, tmp_path, pictures[3])
     assert result.returncode == 0, result.stderr
     matches = re.findall(r"^(-?[\d.]+)  (\S+)$", result.stdout, re.MULTILINE)
     assert len(matches) == 10 and matches[0] == ("1.000", f"mine/deep/{pictures[3].name}")
@@ -173,8 +183,8 @@ def test_evaluate_on_ones_own_pictures(trained, demo_root, tmp_path):
     assert arrays["images_features"].shape == (12, 128)
     assert arrays["images_names"][0] == f"mine/deep/{pictures[0].name}"
     np.testing.assert_allclose(np.linalg.norm(arrays["images_features"], axis=1), 1, atol=1e-5)
-    flags = f"--checkpoint {checkpoint} --attention-maps maps --images"
-    assert run("evaluate.py", flags, tmp_path, pictures[0], pictures[1]).returncode == 0
+    flags = f"--checkpoint {checkpoint} --output maps --images"
+    assert run("extras.look", flags, tmp_path, pictures[0], pictures[1]).returncode == 0
     assert Image.open(tmp_path / "maps/attention-1.png").size == (6 + 4 * 142, 6 + 2 * 294)
 
 
@@ -189,7 +199,7 @@ def test_evaluate_on_other_data_than_trained_on(trained, demo_root, tmp_path):
 
 def test_export_needs_no_data(trained, tmp_path):
     checkpoint = trained[0] / "runs/synthetic-tiny/last.pt"
-    result = run("evaluate.py", f"--checkpoint {checkpoint} --data-root nowhere --export model.pt2", tmp_path)
+    result = run("extras.export", f"--checkpoint {checkpoint}", tmp_path)
     assert result.returncode == 0, result.stderr
     module = torch.export.load(tmp_path / "model.pt2").module()
     assert module(torch.zeros(3, 3, 128, 64, dtype=torch.uint8)).shape == (3, 128)
@@ -235,7 +245,7 @@ def test_the_schedule_and_the_optimizer_are_as_the_flags_say(demo_root, tmp_path
     log = (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["lr"] for line in log] == pytest.approx([0.008, 0.004, 0.002])
     args = train.parse_args(arguments.split() + more.split())
-    optimizer = train.make_optimizer(evaluate.build_model(args, 20), args)
+    optimizer = train.make_optimizer(model.build_model(args, 20), args)
     assert type(optimizer) is torch.optim.Adam
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(2e-4, 0.25), (0.008, 0.25)]
 
@@ -246,13 +256,6 @@ def test_random_weights_are_announced(demo_root, tmp_path):
     result = run("train.py", arguments + more, tmp_path, "--data-root", demo_root)
     assert result.returncode == 0 and "RANDOM weights" in result.stdout and "mean nothing" in result.stdout
     (tmp_path / "runs/synthetic-vit/last.pt").unlink()  # 1.4 GB
-
-
-def test_cuhk03_has_two_kinds_of_boxes():
-    for flags, name in (([], "cuhk03"), (["--cuhk03-detected"], "cuhk03-detected")):
-        args = train.parse_args(["--dataset", "cuhk03", *flags])
-        train.check_args(args)
-        assert args.dataset == name and args.output.name == f"{name}-vit"
 
 
 # ----------------------------------------------------------------------------------- backbones and ablations
@@ -276,7 +279,7 @@ def test_every_row_of_the_tables_trains_its_own_parts(demo_root, tmp_path, row):
     arguments = f"--dataset synthetic --backbone tiny --epochs 1 --steps 2 --batch-ids 8 --eval-every 0 {flags}"
     args = train.parse_args(arguments.split())
     torch.manual_seed(0)
-    before = evaluate.build_model(args, 20).state_dict()
+    before = model.build_model(args, 20).state_dict()
     result = run("train.py", arguments, tmp_path, "--data-root", demo_root)
     assert result.returncode == 0, result.stderr
     checkpoint = tmp_path / "runs/synthetic-tiny/last.pt"
@@ -397,24 +400,22 @@ def test_a_report_into_nowhere_is_refused_before_the_work(trained):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "script, flags, words",
     [
-        ("--search some.jpg", "--search needs --images"),
-        ("--images .", "--images goes with --features, --search or --attention-maps"),
-        ("--images nowhere.jpg --features x.npz", "cannot read the picture nowhere.jpg"),
-        ("--images empty --features x.npz", "no pictures in empty"),
-        ("--images . --features x.npz --rerank", "leave --dataset, --rerank, --ranked-lists and --json away"),
-        ("--features nowhere/x.npz", "there is no folder nowhere"),
-        ("--export nowhere/x.pt2", "there is no folder nowhere"),
-        ("--export x.pt2 --prompt composed", "leave --prompt composed away"),
-        ("--export x.pt2 --rerank", "leave --dataset, --rerank, --ranked-lists and --json away"),
-        ("--export x.pt2 --features x.npz", "--export reads no dataset"),
-        ("--count 0", "--count must be at least 1"),
+        ("evaluate.py", "--features nowhere/x.npz", "there is no folder nowhere"),
+        ("evaluate.py", "--rerank 20", "--rerank takes k1 and k2"),
+        ("extras.search", "--images .", "give --query PICTURE or --features FILE.npz"),
+        ("extras.search", "--images nowhere.jpg --features x.npz", "cannot read the picture nowhere.jpg"),
+        ("extras.search", "--images empty --features x.npz", "no pictures in empty"),
+        ("extras.search", "--images . --features nowhere/x.npz", "there is no folder nowhere"),
+        ("extras.export", "--output nowhere/x.pt2", "there is no folder nowhere"),
+        ("extras.export", "--device gpu", "--device gpu is not usable here"),
+        ("extras.look", "--count 0", "--count must be at least 1"),
     ],
 )
-def test_flags_of_evaluate_that_make_no_sense(trained, flags, words):
+def test_flags_that_make_no_sense_for_a_trained_model(trained, script, flags, words):
     (trained[0] / "empty").mkdir(exist_ok=True)
-    refused(run("evaluate.py", flags, trained[0]), words)
+    refused(run(script, flags, trained[0]), words)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +434,7 @@ def test_flags_of_evaluate_that_make_no_sense(trained, flags, words):
         ("--device meta", "only cpu and cuda"),
         ("--batch-ids 1", "must be at least 2"),
         ("--batch-images 1", "must be at least 2"),
-        ("--clip-weights some.pt", "--backbone tiny has random weights"),
+        ("--clip-weights some.pt", "drop --clip-weights"),
         ("--workers -1", "--workers must be at least 0"),
         ("--workers 100000", "at most 256"),
         ("--precision fp16 --device cpu", "--precision fp16 needs CUDA"),
@@ -442,7 +443,6 @@ def test_flags_of_evaluate_that_make_no_sense(trained, flags, words):
         ("--train-prompt simplified --without-t2i", "no SupCon loss"),
         ("--without-interaction --blocks 1", "without --blocks"),
         ("--without-i2t --without-t2i", "use --supcon-weight 0"),
-        ("--cuhk03-detected", "goes with --dataset cuhk03"),
         ("--composed-prompt person", "must have S* as one of its words"),
     ],
 )

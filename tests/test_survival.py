@@ -20,6 +20,7 @@ from test_scripts import refused, run
 import data
 import evaluate
 import train
+from util.run import write_whole
 
 ARGUMENTS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --log-every 1"
 
@@ -83,7 +84,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, d
     assert process.returncode == status, output
     assert "--resume" in output and "Traceback" not in output
     checkpoint = torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)
-    assert checkpoint["epoch"] == 1 and checkpoint["step"] > 0
+    assert checkpoint["epoch"] == 1 and len(checkpoint["rows"]) > 0
     result = run("train.py", ARGUMENTS + " --resume", tmp_path, "--data-root", demo_root)
     assert result.returncode == 0, result.stderr
     assert_same_run(uninterrupted, tmp_path)
@@ -103,12 +104,12 @@ def save_for_ever(path) -> None:
     value = 0
     while True:
         value += 1
-        train.write_whole({"value": value, "tensor": torch.full((300_000,), float(value))}, path)
+        write_whole({"value": value, "tensor": torch.full((300_000,), float(value))}, path)
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     path, rng, last = tmp_path / "last.pt", random.Random(0), 0
-    train.write_whole({"value": 0, "tensor": torch.zeros(300_000)}, path)
+    write_whole({"value": 0, "tensor": torch.zeros(300_000)}, path)
     for _ in range(25):
         process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,))
         process.start()
@@ -125,7 +126,7 @@ def save_with_little_room(path) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as on a full disk, writing fails
     try:
-        train.write_whole({"tensor": torch.zeros(300_000)}, path)
+        write_whole({"tensor": torch.zeros(300_000)}, path)
     except OSError as error:
         os._exit(0 if "make room" in str(error) and "\n" not in str(error) else 1)
     os._exit(2)
@@ -133,7 +134,7 @@ def save_with_little_room(path) -> None:
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    train.write_whole({"value": 7}, path)
+    write_whole({"value": 7}, path)
     process = multiprocessing.get_context("fork").Process(target=save_with_little_room, args=(path,))
     process.start()
     process.join(timeout=60)
@@ -233,11 +234,11 @@ def test_an_output_that_cannot_be_written(demo_root, tmp_path):
 
 def test_checkpoints_of_another_version_or_with_other_weights(uninterrupted, demo_root, tmp_path):
     whole = torch.load(uninterrupted / "runs/synthetic-tiny/last.pt", weights_only=True)
-    torch.save({**whole, "version": 0}, tmp_path / "old.pt")
+    torch.save({**whole, "version": 1}, tmp_path / "old.pt")
     fewer = {name: tensor for name, tensor in whole["model"].items() if name != "bnneck.weight"}
     torch.save({**whole, "model": fewer}, tmp_path / "fewer.pt")
-    torch.save({**whole, "args": {**whole["args"], "blocks": 1}}, tmp_path / "settings.pt")
-    for name, words in (("old.pt", "version 0"), ("fewer.pt", "do not fit"), ("settings.pt", "do not fit")):
+    torch.save({**whole, "model_args": {**whole["model_args"], "blocks": 1}}, tmp_path / "settings.pt")
+    for name, words in (("old.pt", "version 1"), ("fewer.pt", "do not fit"), ("settings.pt", "do not fit")):
         refused(run("evaluate.py", f"--checkpoint {name}", tmp_path, "--data-root", demo_root), words)
 
 
@@ -247,6 +248,15 @@ def test_a_run_on_another_dataset_is_not_resumed(uninterrupted, demo_root, tmp_p
     refused(
         run("train.py", arguments, tmp_path, "--data-root", demo_root / "synthetic"), "--dataset synthetic, not folder"
     )
+
+
+def test_a_run_on_changed_data_is_not_resumed(uninterrupted, demo_root, tmp_path):
+    """One training picture has another name."""
+    shutil.copytree(uninterrupted / "runs", tmp_path / "runs")
+    shutil.copytree(demo_root, tmp_path / "data")
+    picture = next((tmp_path / "data/synthetic/bounding_box_train").iterdir())
+    picture.rename(picture.with_name(picture.name.replace("_00.jpg", "_01.jpg")))
+    refused(run("train.py", ARGUMENTS + " --resume", tmp_path), "the training data is not what this run began with")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -284,7 +294,7 @@ def test_flags_at_random_give_a_value_or_one_line():
     numbers = ["-1", "nan", "0", "0.1", "0.5", "0.9", "1", "3"]
     integers = ["epochs", "batch-ids", "batch-images", "decay-every", "steps", "eval-every", "log-every", "workers"]
     fractions = ["lr-visual", "lr-new", "decay-factor", "supcon-weight", "temperature", "margin", "label-smoothing"]
-    switches = ["--baseline", "--without-i2t", "--without-t2i", "--without-interaction", "--cuhk03-detected"]
+    switches = ["--baseline", "--without-i2t", "--without-t2i", "--without-interaction"]
     for _ in range(200):
         argv = ["--device", "cpu", *rng.sample(switches, rng.choice([0, 0, 0, 1]))]
         for name in rng.sample(integers, 1):

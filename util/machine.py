@@ -1,0 +1,181 @@
+"""What the scripts run on: device and precision, one process or several (torchrun), progress, errors of one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def make_parser(script: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose help has one line a flag."""
+    return argparse.ArgumentParser(
+        usage=f"python {script} [flags]",
+        description=f"{description} Defaults stand in brackets.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35, width=120),
+    )
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the scripts share: where the data are and what to compute with."""
+    add = parser.add_argument_group("machine").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder of the datasets (%(default)s)")
+    add("--device", default=device, help="cpu, cuda or cuda:1 (%(default)s)")
+    add("--precision", choices=PRECISIONS, help="(fp32 on a CPU; on CUDA bf16, or fp16 if the GPU has no bf16)")
+    add("--workers", type=int, metavar="N", help="loader processes (0 on a CPU, up to 8 on CUDA)")
+    add("--eval-batch-size", type=int, default=128, metavar="N", help="pictures at a time when scoring (%(default)s)")
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Makes --device the current one. ValueError if it is not usable."""
+    try:
+        device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable here ({one_line(error)})") from error
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def check_machine_flags(args: argparse.Namespace) -> None:
+    """Fills in --precision and --workers. ValueError for an impossible device, precision or number."""
+    check_device(args)
+    on_cpu = torch.device(args.device).type == "cpu"
+    if args.workers is None:
+        args.workers = (
+            0 if on_cpu else min(8, count_cores() // processes_here())
+        )  # on a CPU they compete with the model
+    if args.precision is None:
+        args.precision = "fp32" if on_cpu else best_cuda_precision()
+    if not 0 <= args.workers <= 256 or args.eval_batch_size < 1:
+        raise ValueError("--workers must be at least 0 and at most 256, --eval-batch-size at least 1")
+    if args.precision == "fp16" and on_cpu:
+        raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
+
+
+def best_cuda_precision() -> str:
+    """bf16 where the current GPU computes in it; an older one (a T4) only emulates it and gets fp16."""
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def count_cores() -> int:
+    """Of those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The context in which a model runs in --precision on --device."""
+    dtype = PRECISIONS[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+
+
+# ------------------------------------------------------------------------- one process, or several (torchrun)
+
+
+def processes_here() -> int:
+    """How many processes torchrun has started on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def require_gpus(args: argparse.Namespace) -> None:
+    """ValueError if torchrun has started more processes than there are GPUs for."""
+    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    if processes_here() > max(gpus, 1):
+        raise ValueError(f"training takes a GPU for each process: {processes_here()} processes, {gpus} GPUs")
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+
+
+def leave_processes() -> bool:
+    """Parts from the other processes; True for the first one, which goes on alone."""
+    is_first = rank() == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return is_first
+
+
+def world_size() -> int:
+    """How many processes compute together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0 on; the first one prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model as training calls it: with several processes, batch statistics and gradients are of all of them."""
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of x (B, ...) of all processes, the first process's first: (world size * B, ...).
+
+    Only a process's own rows carry gradient. If each computes the same loss from all rows, the sum of the processes'
+    gradients is the gradient of that loss.
+    """
+    if world_size() == 1:
+        return x
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    parts[rank()] = x
+    return torch.cat(parts)
+
+
+def agree(number: int | None) -> int | None:
+    """The largest of the processes' numbers, or None if none has one."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number or 0)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item() or None
+
+
+# ------------------------------------------------------------------------------------- what a person sees
+
+
+def show_progress(done: int, total: int, what: str) -> None:
+    """A line that overwrites itself, on terminals."""
+    if sys.stderr.isatty() and rank() == 0:
+        end = "\r\033[K" if done == total else ""
+        print(f"\r{done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of another library's message, fit to be part of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Runs a script; what a user can mend is one line on stderr and exit status 1, not a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        # A loader process wraps its error into a traceback, whose last line is the message.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
