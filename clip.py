@@ -185,11 +185,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads(width), layers) for _ in range(layers))
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(B, N, W) -> (B, N, W)"""
+    def forward(self, x: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, N, W) -> what the last block takes and what it gives, each (B, N, W)"""
         for block in self.resblocks:
-            x = block(x, causal)
-        return x
+            before, x = x, block(x, causal)
+        return before, x
 
 
 def num_heads(width: int) -> int:
@@ -203,7 +203,7 @@ def num_heads(width: int) -> int:
 class ImageFeatures(NamedTuple):
     embedding: Tensor  # (B, D) the global visual embedding v, which is tokens[:, 0]
     tokens: Tensor  # (B, 1 + M, D) every token in the joint space: X = {v~, v_1 .. v_M}
-    states: list[Tensor]  # the last three states of the encoder, each (B, W), for the triplet loss
+    states: list[Tensor]  # the encoder's last three states, (B, W), (B, W), v; for the triplet loss
 
 
 class VisionTransformer(nn.Module):
@@ -219,17 +219,18 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, H, W) -> features; the states are the class token after the last three blocks."""
+        """Normalised images (B, 3, H, W) -> features.
+
+        The states are CLIP-ReID's: the class token before the last block, after it and ln_post, and in the joint space.
+        """
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, M, W)
         B, _, W = patches.shape
-        x = torch.cat([self.class_embedding.to(patches.dtype).expand(B, 1, W), patches], dim=1)  # (B, 1 + M, W)
+        x = torch.cat([self.class_embedding.expand(B, 1, W), patches], dim=1)  # (B, 1 + M, W)
         x = self.ln_pre(x + self.positional_embedding)
-        states = []
-        for block in self.transformer.resblocks:
-            x = block(x)
-            states.append(x[:, 0])
-        tokens = self.ln_post(x) @ self.proj  # (B, 1 + M, D)
-        return ImageFeatures(tokens[:, 0], tokens, states[-3:])
+        before, x = self.transformer(x)
+        x = self.ln_post(x)
+        tokens = x @ self.proj  # (B, 1 + M, D)
+        return ImageFeatures(tokens[:, 0], tokens, [before[:, 0], x[:, 0], tokens[:, 0]])
 
 
 class Bottleneck(nn.Module):
@@ -372,7 +373,7 @@ class CLIP(nn.Module):
         """Token embeddings (N, L, T), position of the end token (N,) -> text features (N, D), not normalised."""
         N, L, _ = embeddings.shape
         x = embeddings + self.positional_embedding[:L]
-        x = self.transformer(x, causal=True)
+        _, x = self.transformer(x, causal=True)
         x = x[torch.arange(N, device=x.device), end]  # (N, T)
         return self.ln_final(x) @ self.text_projection
 
@@ -392,17 +393,12 @@ def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stri
     path = download(source) if source in URLS else Path(source)
     state_dict = read_weights(path)
     try:
-        sizes = read_sizes(state_dict)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({one_line(error)})") from error
-    model = CLIP(**sizes, image_size=image_size, last_stride=last_stride)
-    pool = "visual." if "visual.proj" in state_dict else "visual.attnpool."
-    name = pool + "positional_embedding"
-    try:
+        model = CLIP(**read_sizes(state_dict), image_size=image_size, last_stride=last_stride)
+        name = "visual.positional_embedding" if "visual.proj" in state_dict else "visual.attnpool.positional_embedding"
         state_dict[name] = resize_positions(state_dict[name], model.grid)
         model.load_state_dict(state_dict)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold CLIP's weights in OpenAI's layout ({one_line(error)})") from error
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit a CLIP in OpenAI's layout ({one_line(error)})") from error
     return model.eval()
 
 

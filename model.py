@@ -61,7 +61,7 @@ class InteractionModule(nn.Module):
         N = tokens.shape[1]
         V = self.value(tokens)  # (B, 1 + M, D)
         Z = N * attention.unsqueeze(2) * V  # (B, 1 + M, D): Figure 3's shape; its mean over the tokens is Eq. 7
-        return self.blocks(Z).mean(dim=1)
+        return self.blocks(Z).mean(dim=1)  # a block divides each token by its size: a_i passes in the residual stream
 
     def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Text embedding l (B or 1, D), image tokens X (B, 1 + M, D) -> representation z (B, D)."""
@@ -71,9 +71,7 @@ class InteractionModule(nn.Module):
 class Output(NamedTuple):
     """What the losses need of one training batch."""
 
-    triplet_features: list[
-        Tensor
-    ]  # what the triplet loss is taken on: z (B, D), and three states (B, W) of the encoder
+    triplet_features: list[Tensor]  # z (B, D) and the encoder's three states; z once, where it is v
     logits: Tensor  # (B, K)
     image: Tensor  # (B, D) the global visual embedding v
     text: Tensor  # (B, D) the text embedding l of each image's prompt
@@ -167,7 +165,8 @@ class PromptSG(nn.Module):
         v = features.embedding
         text = self.compose(v) if self.inversion else self.simplified_text.expand(len(v), -1)
         z = self.interact(features.tokens, text)
-        return Output([z, *features.states], self.classifier(self.bnneck(z)), v, text)
+        triplet_features = [z, *features.states] if self.interaction else features.states  # without, z is v, the last
+        return Output(triplet_features, self.classifier(self.bnneck(z)), v, text)
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         """Image tokens (B, 1 + M, D), text (B or 1, D) -> z (B, D), which is v without the interaction module."""

@@ -108,18 +108,18 @@ def test_tokens_and_states_at_person_size(kind, archives):
     assert model.grid == (16, 8)
     assert features.embedding.shape == (2, 96)
     assert features.tokens.shape == (2, 1 + 16 * 8, 96)
-    widths = {"vit": [128, 128, 128], "resnet": [128, 256, 96]}
+    widths = {"vit": [128, 128, 96], "resnet": [128, 256, 96]}
     assert [state.shape for state in features.states] == [(2, width) for width in widths[kind]]
 
 
-def test_vit_states_are_the_class_token_of_the_last_three_blocks(archives):
+def test_vit_states_are_clip_reids(archives):
+    """The class token after the last block but one, after the last and ln_post, and the embedding."""
     model = clip.load(archives["vit"])
     seen = []
-    for block in model.visual.transformer.resblocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
-    states = model.encode_image(formula_images(256, 128)).states
-    assert len(seen) == 4
-    for state, expected in zip(states, seen[1:]):
+    for module in (*model.visual.transformer.resblocks[-2:], model.visual.ln_post):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
+    features = model.encode_image(formula_images(256, 128))
+    for state, expected in zip(features.states, [seen[0], seen[2], features.embedding], strict=True):
         assert torch.equal(state, expected)
 
 

@@ -224,7 +224,8 @@ def test_without_interaction_z_is_the_visual_embedding(make_model, images):
     model = make_model(interaction=False).eval()
     output = model(images)
     assert model.interaction is None
-    assert torch.equal(output.triplet_features[0], output.image)
+    assert len(output.triplet_features) == 3  # v is z and the last state: counted once
+    assert torch.equal(output.triplet_features[-1], output.image)
     torch.testing.assert_close(output.text, model.compose(output.image))
 
 

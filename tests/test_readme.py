@@ -61,7 +61,7 @@ def test_help_states_the_defaults():
     for action in parser_of(train.parse_args)._actions[1:]:
         stated = (action.help % {"default": action.default}).split("(")[-1]
         for value in action.default if isinstance(action.default, list) else [action.default]:
-            numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", stated)]
+            numbers = [float(number) for number in re.findall(r"\d[\d.]*(?:e-\d+)?", stated)]
             if value is not None and not isinstance(value, bool):
                 assert value in numbers if isinstance(value, int | float) else stated.startswith(str(value)), (
                     action.dest
