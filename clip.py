@@ -8,14 +8,9 @@ T width of the text encoder.
 """
 
 import gzip
-import hashlib
 import html
-import http.client
 import itertools
 import math
-import os
-import warnings
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.machine import one_line
+from util.weights import download, read_weights
 
 # The folder before the file's name is the file's sha256.
 URLS = {
@@ -35,7 +31,6 @@ URLS = {
     "RN50": "https://openaipublic.azureedge.net/clip/models/"
     "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
 }
-CACHE = "~/.cache/clip"  # where OpenAI's own package keeps them
 
 # For random weights only: loaded weights bring their own sizes.
 ARCHITECTURES = {
@@ -390,8 +385,10 @@ def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stri
 
     Raises FileNotFoundError or ConnectionError if there is no such file, ValueError if it is damaged or not a CLIP.
     """
-    path = download(source) if source in URLS else Path(source)
-    state_dict = read_weights(path)
+    path = download(URLS[source]) if source in URLS else Path(source)
+    state_dict = read_weights(path, trusted=[url.split("/")[-2] for url in URLS.values()])
+    for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these three numbers
+        state_dict.pop(name, None)
     try:
         model = CLIP(**read_sizes(state_dict), image_size=image_size, last_stride=last_stride)
         name = "visual.positional_embedding" if "visual.proj" in state_dict else "visual.attnpool.positional_embedding"
@@ -439,47 +436,3 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     square = positions[1:].T.reshape(1, -1, side, side)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive or of a saved state dict, in single precision on the CPU."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file {path}: give --clip-weights the path of OpenAI's .pt file")
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            with warnings.catch_warnings():
-                # Deprecated, but OpenAI published TorchScript archives and nothing else opens them.
-                warnings.simplefilter("ignore")
-                state_dict = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
-        raise ValueError(f"{path} is damaged or no weight file ({one_line(error)})") from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds something else than a state dict: give OpenAI's .pt file")
-    state_dict = {str(name): tensor.float() for name, tensor in state_dict.items()}
-    for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these three numbers
-        state_dict.pop(name, None)
-    return state_dict
-
-
-def download(name: str, folder: str | Path = CACHE) -> Path:
-    """The path of OpenAI's weights, fetched on first use; checked against their sha256 before and every time after."""
-    url = URLS[name]
-    sha256, filename = url.split("/")[-2:]
-    path = Path(folder).expanduser() / filename
-    if path.is_file():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is not OpenAI's file (its sha256 is wrong): delete it and run again")
-        return path
-    print(f"Downloading CLIP {name} from {url} to {path}")
-    try:
-        os.makedirs(path.parent, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # to a temporary name, renamed when whole
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise ConnectionError(
-            f"could not download {url} ({one_line(error)}): fetch it elsewhere and put it into {path.parent}, "
-            "or give its path with --clip-weights"
-        ) from error
-    return path

@@ -8,8 +8,6 @@ import hashlib
 import math
 import random
 import re
-import shutil
-import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
-from util import demo
+from util import demo, machine
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -321,11 +319,8 @@ class AugmentedPictures(Pictures):
         self.augment = augmentation(size)
         self.cache = None
         if cache:
-            needed, free = len(samples) * 3 * math.prod(size), shutil.disk_usage("/dev/shm").free
-            if needed > free:
-                raise ValueError(
-                    f"--cache needs {needed / 1e9:.1f} GB of shared memory, {free / 1e9:.1f} GB are free: drop --cache"
-                )
+            needed = len(samples) * 3 * math.prod(size)
+            machine.require_shared_memory(needed, "drop --cache")
             print(f"caching {len(samples)} pictures takes {needed / 1e9:.1f} GB of shared memory")
             self.cache = torch.empty(len(samples), 3, *size, dtype=torch.uint8).share_memory_()
             self.is_cached = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
@@ -343,24 +338,28 @@ class AugmentedPictures(Pictures):
         return self.augment(picture), self.samples[index].pid
 
 
-def leave_signals_to_trainer(worker: int) -> None:
-    """A loader process goes on at Ctrl-C, which reaches it too, and ends when train.py ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def make_loader(pictures: Pictures, workers: int, **batches) -> DataLoader:
-    pin = torch.cuda.is_available()
-    return DataLoader(pictures, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals_to_trainer, **batches)
+def make_loader(pictures: Pictures, count: int, workers: int, **batches) -> DataLoader:
+    """count: pictures in a batch; each loader process prepares two batches ahead, in shared memory."""
+    needed = 2 * workers * count * 3 * math.prod(pictures.size)
+    machine.require_shared_memory(needed, "use fewer --workers, or give Docker a larger --shm-size")
+    return DataLoader(
+        pictures,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=machine.leave_signals_to_trainer,
+        **batches,
+    )
 
 
 def train_loader(
     samples: list[Sample], sampler: PKSampler, size: tuple[int, int], workers: int, cache: bool = False
 ) -> DataLoader:
     """Augmented batches (images uint8 (P * K, 3, H, W), labels (P * K,)) in the sampler's order."""
-    return make_loader(AugmentedPictures(samples, size, cache), workers, batch_sampler=sampler)
+    pictures = AugmentedPictures(samples, size, cache)
+    count = sampler.num_ids * sampler.num_images
+    return make_loader(pictures, count, workers, batch_sampler=sampler, persistent_workers=workers > 0)
 
 
 def test_loader(samples: list[Sample], size: tuple[int, int], batch_size: int, workers: int) -> DataLoader:
     """Batches (images uint8 (B, 3, H, W), pids (B,)) in the order of `samples`."""
-    return make_loader(Pictures(samples, size), workers, batch_size=batch_size)
+    return make_loader(Pictures(samples, size), batch_size, workers, batch_size=batch_size)

@@ -133,7 +133,8 @@ def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Na
     model.eval()
     samples = dataset.query + dataset.gallery
     start = time.perf_counter()
-    features = extract(lambda images: model.embed(images, prompt), samples, args)
+    with machine.out_of_memory("a smaller --eval-batch-size needs less and changes no score"):
+        features = extract(lambda images: model.embed(images, prompt), samples, args)
     query, gallery = features.split([len(dataset.query), len(dataset.gallery)])
     if features.is_cuda:
         torch.cuda.synchronize()
@@ -220,7 +221,7 @@ def load_run(args: argparse.Namespace) -> tuple[PromptSG, dict]:
     settings = checkpoint["args"]
     trained = f"{settings['backbone']} trained on {settings['dataset']}, epoch {checkpoint['epoch']}"
     print(f"checkpoint {args.checkpoint}: {trained}")
-    model = restore_model(checkpoint).to(args.device)
+    model = restore_model(checkpoint).to(args.device, memory_format=torch.channels_last)
     args.image_size = tuple(settings["image_size"])
     args.dataset = args.dataset or settings["dataset"]
     args.prompt = args.prompt or ("composed" if model.inversion else "simplified")
@@ -265,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     report["prompt"] = args.prompt
     report["dataset"] = args.dataset
     report["trained_on"] = settings["dataset"]
+    report["precision"] = args.precision
     report["checkpoint"] = str(args.checkpoint)
     if args.rerank is not None:
         N = len(dataset.query) + len(dataset.gallery)

@@ -7,6 +7,7 @@ python train.py --dataset msmt17 --backbone vit              the paper's run
 import argparse
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,10 @@ import losses
 from model import BACKBONES, COMPOSED_PROMPT, Output, PromptSG, build_model, count_learnable, restore_model
 from util import machine
 from util.curves import draw_curves
-from util.run import CHECKPOINT_VERSION, Stop, find_run, open_folder, settings_of, write_log, write_whole
+from util.run import CHECKPOINT_VERSION, Folder, Stop, find_run, settings_of
 
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
+TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # a picture of 256x128, forward and backward; tests/benchmark.py counts
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
 
 
@@ -85,6 +87,7 @@ class Run:
         self.model = model
         self.args = args
         self.train_digest = train_digest
+        self.folder = Folder(args)
         self.forward = machine.distribute(model)
         if args.compile:
             self.forward = torch.compile(self.forward)
@@ -113,7 +116,7 @@ class Run:
         self.epoch += 1
         record = {"epoch": self.epoch, **self.means(), "lr": self.learning_rates()[1]}
         self.log.append({**record, "images_per_second": images_per_second})
-        write_log(self.log, self.args.output)
+        self.folder.write_log(self.log)
         self.rows = []
         self.scheduler.step()
 
@@ -145,7 +148,7 @@ class Run:
 
     def save(self) -> None:
         """Writes last.pt."""
-        write_whole(self.state_dict(), self.args.output / "last.pt")
+        self.folder.save(self.state_dict(), "last.pt")
         self.saved = time.monotonic()
 
 
@@ -170,9 +173,9 @@ def train(run: Run, dataset: data.Dataset, loader: DataLoader, stop: Stop) -> No
             run.save()
     run.save()
     seconds = time.perf_counter() - start - scoring
-    print(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first} epochs, without scoring")
+    machine.say(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first} epochs, without scoring")
     if args.device.startswith("cuda"):
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        machine.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def train_epoch(run: Run, loader: DataLoader, stop: Stop) -> None:
@@ -225,12 +228,11 @@ def print_line(run: Run, steps: int, seconds_a_step: float) -> None:
     means = run.means()
     steps_left = (args.epochs - run.epoch) * steps - len(run.rows)
     minutes, seconds = divmod(round(steps_left * seconds_a_step), 60)
-    print(
+    machine.say(
         f"epoch {run.epoch + 1}/{args.epochs}  step {len(run.rows)}/{steps}  loss {means['loss']:.3f}"
         f"  triplet {means['loss_triplet']:.3f}  id {means['loss_id']:.3f}  supcon {means['loss_supcon']:.3f}"
         f"  accuracy {means['accuracy']:.1%}  {args.batch_ids * args.batch_images / seconds_a_step:.0f} images/s"
-        f"  lr {'/'.join(f'{lr:.1e}' for lr in run.learning_rates())}  {minutes}:{seconds:02d} left",
-        flush=True,
+        f"  lr {'/'.join(f'{lr:.1e}' for lr in run.learning_rates())}  {minutes}:{seconds:02d} left"
     )
 
 
@@ -239,14 +241,14 @@ def validate(run: Run, dataset: data.Dataset) -> None:
     prompt = "composed" if run.model.inversion else "simplified"
     result = evaluate.score(run.model, dataset, prompt, run.args)
     name = f"epoch {run.epoch}" if run.epoch else "untrained"
-    print(f"{name}, {prompt} prompt: {evaluate.describe(result)}", flush=True)
+    machine.say(f"{name}, {prompt} prompt: {evaluate.describe(result)}")
     run.log = run.log or [{"epoch": 0}]
     run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"]}
-    write_log(run.log, run.args.output)
+    run.folder.write_log(run.log)
     if run.epoch and result["mAP"] > run.best:
         run.best = result["mAP"]
         best = {name: value for name, value in run.state_dict().items() if name != "optimizer"}
-        write_whole(best, run.args.output / "best.pt")
+        run.folder.save(best, "best.pt")
 
 
 # -------------------------------------------------------------------------------------------- the script
@@ -330,6 +332,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--without-interaction goes with the composed prompt and without --blocks; see --baseline")
     if not composes and (args.without_i2t or args.without_t2i):
         raise ValueError("--train-prompt simplified has no SupCon loss: drop --without-i2t and --without-t2i")
+    if args.compile and machine.world_size() > 1:
+        raise ValueError("--compile does not go with torchrun: torch fails on SyncBatchNorm there (its issue 134182)")
+    if args.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        raise ValueError("--compile needs a C compiler, and none is on the PATH: install one, or drop --compile")
     if args.without_i2t and args.without_t2i:
         raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
     machine.check_machine_flags(args)
@@ -356,20 +362,27 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(model, args, data.digest(dataset.train))
     if checkpoint:
         run.load_state_dict(checkpoint)
-    print(
-        f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}"
-    )
+    millions = count_learnable(model) / 1e6
+    print(f"{millions:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}")
+    if args.device == "cpu" and args.backbone in TRAINING_GFLOP:
+        print(machine.cpu_warning(1e9 * TRAINING_GFLOP[args.backbone] * len(dataset.train) * args.epochs))
 
-    open_folder(args, run.log)
-    with Stop() as stop:
+    too_large = (
+        f"a batch of {args.batch_ids * args.batch_images} pictures does not fit: "
+        "try --precision bf16; fewer --batch-ids help, too, and change the method"
+    )
+    with run.folder, Stop() as stop, machine.out_of_memory(too_large):
+        run.folder.write_log(run.log)
         train(run, dataset, loader, stop)
     is_first = machine.leave_processes()
     if stop.signal:
-        print(f"saved in {args.output}; go on with the same command and --resume", flush=True)
+        machine.say(f"saved in {args.output}; go on with the same command and --resume")
         sys.exit(128 + stop.signal)
     if is_first:
         draw_curves(run.log, args.output / "curves.png")
-    print(f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}")
+    machine.say(
+        f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from util.run import write_whole
 ARGUMENTS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --log-every 1"
 
 
-def start(folder, demo_root, *more) -> subprocess.Popen:
+def start(folder, demo_root, *more, **options) -> subprocess.Popen:
     command = [sys.executable, "-u", str(ROOT / "train.py"), *ARGUMENTS.split(), "--data-root", str(demo_root), *more]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def wait_for(process: subprocess.Popen, words: str) -> None:

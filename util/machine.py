@@ -1,9 +1,14 @@
 """What the scripts run on: device and precision, one process or several (torchrun), progress, errors of one line."""
 
 import argparse
+import contextlib
+import math
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,6 +64,7 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         )  # on a CPU they compete with the model
     if args.precision is None:
         args.precision = "fp32" if on_cpu else best_cuda_precision()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     if not 0 <= args.workers <= 256 or args.eval_batch_size < 1:
         raise ValueError("--workers must be at least 0 and at most 256, --eval-batch-size at least 1")
     if args.precision == "fp16" and on_cpu:
@@ -73,6 +79,34 @@ def best_cuda_precision() -> str:
 def count_cores() -> int:
     """Of those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_warning(flops: float) -> str:
+    """How long so many operations take on this CPU, by a matrix product, and why CUDA is not used."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    days = flops * (time.perf_counter() - start) / (2 * 1024**3) / 86400
+    try:
+        torch.zeros(1, device="cuda")
+        why = "it is usable: drop --device cpu"
+    except (RuntimeError, AssertionError) as error:
+        why = one_line(error)
+    return f"WARNING: training on a CPU, which will take about {days:.1f} days or more; CUDA: {why}"
+
+
+def require_shared_memory(needed: int, advice: str) -> None:
+    """ValueError if less than so many bytes of shared memory are free, where the system tells."""
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    if needed > free:
+        raise ValueError(f"{needed / 1e9:.1f} GB of shared memory are needed, {free / 1e9:.1f} GB are free: {advice}")
+
+
+def leave_signals_to_trainer(worker: int) -> None:
+    """A loader process goes on at Ctrl-C and SIGTERM, which may reach it too, and ends when the script does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -160,6 +194,14 @@ def agree(number: int | None) -> int | None:
 # ------------------------------------------------------------------------------------- what a person sees
 
 
+def say(line: str) -> None:
+    """Prints; if nobody reads any more (`| tee` had the Ctrl-C, too), it is silent from now on, and no error."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show_progress(done: int, total: int, what: str) -> None:
     """A line that overwrites itself, on terminals."""
     if sys.stderr.isatty() and rank() == 0:
@@ -170,6 +212,16 @@ def show_progress(done: int, total: int, what: str) -> None:
 def one_line(error: Exception) -> str:
     """The beginning of another library's message, fit to be part of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Turns the GPU's out-of-memory error into a ValueError of one line that ends with this advice."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        raise ValueError(f"out of GPU memory, peak {peak:.1f} GiB: {advice}") from error
 
 
 def exit_on_error(main: Callable[[], None]) -> None:

@@ -9,31 +9,34 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 
-from util.machine import agree, one_line, rank
+from util.machine import agree, one_line, rank, say
+
+try:
+    import fcntl  # the lock of a folder
+except ImportError:  # Windows has another
+    fcntl = None
 
 CHECKPOINT_VERSION = 2
 # No weight of an epoch depends on these flags, so that a run may be resumed with others.
 FREE_FLAGS = ["data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every"]
 FREE_FLAGS += ["cache", "epochs", "eval_every"]
+PARTS = ("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png")  # what a run's folder holds
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
 
 
 def write_whole(value: dict, path: Path) -> None:
-    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room.
-
-    Only the first of several processes writes.
-    """
-    if rank() > 0:
-        return
+    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -49,14 +52,24 @@ def write_whole(value: dict, path: Path) -> None:
         ) from error
 
 
+def read_whole(path: Path) -> object:
+    """What torch.save wrote, tensors and plain values only, on the CPU. ValueError if it is damaged or anything else.
+
+    torch does not look at a zip file's checksums, so they are looked at here: a flipped byte would go unnoticed.
+    """
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise whatever they stumble over in a file that is not their own
+        raise ValueError(f"{path} is damaged, or holds other things than tensors: get it again") from error
+
+
 def load_checkpoint(path: Path) -> dict:
     """What train.py saved. FileNotFoundError if there is none, ValueError if it is damaged or something else."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give the path of a run's last.pt or best.pt, or train first")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever it stumbles over in a file that is not its own
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({one_line(error)})") from error
+    checkpoint = read_whole(path)
     if not isinstance(checkpoint, dict) or "version" not in checkpoint:
         raise ValueError(f"{path} was not written by train.py: give the path of a run's last.pt or best.pt")
     if checkpoint["version"] != CHECKPOINT_VERSION:
@@ -87,11 +100,11 @@ def find_run(args: argparse.Namespace) -> dict | None:
 
     ValueError if the flags are not those of the run to go on with, or if a new run would overwrite another.
     """
-    last = args.output / "last.pt"
     if not args.resume:
-        if last.exists() and not args.overwrite:
+        if any((args.output / name).exists() for name in PARTS) and not args.overwrite:
             raise ValueError(f"{args.output} holds a run: --resume it, --overwrite it, or choose another --output")
         return None
+    last = args.output / "last.pt"
     checkpoint = load_checkpoint(last)
     for name, value in settings_of(args).items():
         before = checkpoint["args"].get(name)
@@ -101,42 +114,111 @@ def find_run(args: argparse.Namespace) -> dict | None:
     return checkpoint
 
 
-def open_folder(args: argparse.Namespace, log: list[dict]) -> None:
-    """Makes the run's folder, clears it of another run, and writes args.json and the log up to where the run stands."""
-    if rank() > 0:
-        return
-    args.output.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for name in ("last.pt", "best.pt"):
-            (args.output / name).unlink(missing_ok=True)
-    write_log(log, args.output)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
-    about = {
-        "command": shlex.join(sys.argv),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
-        "processor": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
-    }
-    (args.output / "args.json").write_text(json.dumps({**settings_of(args), **about}, indent=2) + "\n")
+class Folder:
+    """The folder of a run, while training writes to it. Of several processes only the first one does anything.
+
+    No second training may write to it. A run that is overwritten is set aside in NAME.old: it is deleted when the new
+    one's first checkpoint is whole, and put back if training fails before.
+
+    Raises ValueError if another training has the folder, or if there is a NAME.old already.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.path = args.output
+        self.old = self.path.resolve().with_name(self.path.resolve().name + ".old")
+        self.is_saved = args.resume
+
+    def __enter__(self) -> "Folder":
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path)
+            if not self.is_saved:
+                self.set_aside()
+            self.write_args()
+        return self
+
+    def set_aside(self) -> None:
+        """Moves the parts of another run to NAME.old."""
+        parts = [name for name in PARTS if (self.path / name).exists()]
+        if parts and self.old.exists():
+            raise ValueError(f"{self.old} is in the way of the run that --overwrite sets aside there: move it")
+        for name in parts:
+            self.old.mkdir(exist_ok=True)
+            (self.path / name).rename(self.old / name)
+
+    def save(self, value: dict, name: str) -> None:
+        """`write_whole`; the first time, the run that was set aside is deleted."""
+        if rank() == 0:
+            write_whole(value, self.path / name)
+            if not self.is_saved:
+                shutil.rmtree(self.old, ignore_errors=True)
+            self.is_saved = True
+
+    def write_log(self, log: list[dict]) -> None:
+        """log.jsonl, a line for each record."""
+        if rank() == 0:
+            (self.path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+
+    def write_args(self) -> None:
+        """args.json: the flags, and what they ran on."""
+        commit = None
+        if shutil.which("git"):
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        about = {
+            "command": shlex.join(sys.argv),
+            "commit": commit,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
+            "processor": torch.cuda.get_device_name() if self.args.device.startswith("cuda") else platform.machine(),
+        }
+        (self.path / "args.json").write_text(json.dumps({**settings_of(self.args), **about}, indent=2) + "\n")
+
+    def __exit__(self, error, *details) -> None:
+        if rank() > 0:
+            return
+        if error and not self.is_saved:
+            for name in PARTS:
+                (self.path / name).unlink(missing_ok=True)
+            if self.old.exists():
+                for part in self.old.iterdir():
+                    part.rename(self.path / part.name)
+                self.old.rmdir()
+        if self.lock is not None:
+            os.close(self.lock)
 
 
-def write_log(log: list[dict], folder: Path) -> None:
-    """log.jsonl, a line for each record."""
-    if rank() == 0:
-        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+def lock(folder: Path) -> int | None:
+    """An open folder that is this process's until it ends, where the system has such locks. ValueError if taken."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(f"another training is writing to {folder}: wait for it, or choose another --output") from error
+    except OSError:  # a file system without locks
+        return handle
+    return handle
 
 
 # ------------------------------------------------------------------------------------------------ signals
 
 
 class Stop:
-    """While it lasts, SIGINT (Ctrl-C) and SIGTERM ask to finish the step, save and end. A second one ends at once."""
+    """While it lasts, Ctrl-C, SIGTERM and SIGHUP ask to finish the step, save and end. A second one ends at once.
+
+    A signal that is ignored stays so: `nohup` goes on when the terminal closes.
+    """
 
     def __enter__(self) -> "Stop":
         self.signal = None
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heeded = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.handle) for number in heeded}
         return self
 
     def __exit__(self, *error) -> None:
@@ -151,4 +233,4 @@ class Stop:
     def handle(self, number: int, frame) -> None:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-        print(f"{signal.Signals(number).name}: finishing the step", flush=True)
+        say(f"{signal.Signals(number).name}: finishing the step")
