@@ -57,6 +57,8 @@ def read_whole(path: Path) -> object:
 
     torch does not look at a zip file's checksums, so they are looked at here: a flipped byte would go unnoticed.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
