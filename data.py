@@ -46,16 +46,22 @@ class Dataset(NamedTuple):
         """Identities to classify in training."""
         return len({sample.pid for sample in self.train})
 
+    @property
+    def version(self) -> str | None:
+        """Of MSMT17, whose two versions score differently: V1, or V2 with its faces masked."""
+        is_masked = "mask_train_v2" in self.train[0].path.parts
+        return ("V2" if is_masked else "V1") if self.name == "msmt17" else None
+
 
 # -------------------------------------------------------------------------------------------------- readers
 
-# (identities, images) as published; Market-1501's gallery without its junk, with its distractors (identity 0).
+# (identities, images, cameras) as published; Market-1501's gallery without its junk, with its distractors (identity 0).
 OFFICIAL = {
-    "market1501": {"train": (751, 12936), "query": (750, 3368), "gallery": (751, 15913)},
-    "msmt17": {"train": (1041, 32621), "query": (3060, 11659), "gallery": (3060, 82161)},
-    "dukemtmc": {"train": (702, 16522), "query": (702, 2228), "gallery": (1110, 17661)},
-    "cuhk03": {"train": (767, 7368), "query": (700, 1400), "gallery": (700, 5328)},
-    "cuhk03-detected": {"train": (767, 7365), "query": (700, 1400), "gallery": (700, 5332)},
+    "market1501": {"train": (751, 12936, 6), "query": (750, 3368, 6), "gallery": (751, 15913, 6)},
+    "msmt17": {"train": (1041, 32621, 15), "query": (3060, 11659, 15), "gallery": (3060, 82161, 15)},
+    "dukemtmc": {"train": (702, 16522, 8), "query": (702, 2228, 8), "gallery": (1110, 17661, 8)},
+    "cuhk03": {"train": (767, 7368, 2), "query": (700, 1400, 2), "gallery": (700, 5328, 2)},
+    "cuhk03-detected": {"train": (767, 7365, 2), "query": (700, 1400, 2), "gallery": (700, 5332, 2)},
 }
 FOLDERS = {
     "market1501": ("Market-1501-v15.09.15", "market1501"),
@@ -159,16 +165,18 @@ def digest(samples: list[Sample]) -> str:
 
 def summary(dataset: Dataset) -> str:
     """The table the field expects, with a warning for every subset that differs from the published counts."""
-    lines = [f"{dataset.name}, read from {dataset.folder}", "subset           | # ids | # images | # cameras"]
+    name = " ".join(filter(None, (dataset.name, dataset.version)))
+    lines = [f"{name}, read from {dataset.folder}", "subset           | # ids | # images | # cameras"]
     for subset in ("train", "query", "gallery"):
         samples = getattr(dataset, subset)
-        ids, images = len({sample.pid for sample in samples}), len(samples)
-        lines.append(f"{subset:<16} | {ids:5d} | {images:8d} | {len({sample.camid for sample in samples}):9d}")
-        official_ids, official_images = OFFICIAL.get(dataset.name, {}).get(subset, (ids, images))
-        if (ids, images) != (official_ids, official_images):
+        found = len({sample.pid for sample in samples}), len(samples), len({sample.camid for sample in samples})
+        lines.append(f"{subset:<16} | {found[0]:5d} | {found[1]:8d} | {found[2]:9d}")
+        official = OFFICIAL.get(dataset.name, {}).get(subset, found)
+        if found != official:
+            should, has = ("{} ids, {} images, {} cameras".format(*counts) for counts in (official, found))
             lines.append(
-                f"warning: {dataset.name}'s {subset} should have {official_ids} ids and {official_images} images, "
-                f"not {ids} and {images}: results will not compare with published ones"
+                f"warning: {dataset.name}'s {subset} should have {should}, not {has}: "
+                "results will not compare with published ones"
             )
     return "\n".join(lines)
 

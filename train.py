@@ -244,6 +244,8 @@ def validate(run: Run, dataset: data.Dataset) -> None:
     machine.say(f"{name}, {prompt} prompt: {evaluate.describe(result)}")
     run.log = run.log or [{"epoch": 0}]
     run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"]}
+    if dataset.version:
+        run.log[-1]["dataset_version"] = dataset.version
     run.folder.write_log(run.log)
     if run.epoch and result["mAP"] > run.best:
         run.best = result["mAP"]

@@ -59,7 +59,7 @@ def read_pictures(samples: list[data.Sample]) -> Tensor:
 
 
 def extract(encoder: nn.Module, samples: list[data.Sample], mean_and_std: tuple, args: argparse.Namespace) -> Tensor:
-    """The last state beside v, L2-normalised: (N, 768 + 512), of RN50 (N, 2048 + 1024)."""
+    """The last state beside v, before the necks, L2-normalised: (N, 768 + 512), of RN50 (N, 2048 + 1024)."""
     features = []
     for images in DataLoader(samples, args.eval_batch_size, num_workers=args.workers, collate_fn=read_pictures):
         with torch.inference_mode(), machine.autocast(args):
