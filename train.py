@@ -25,12 +25,14 @@ from util import machine
 from util.curves import draw_curves
 from util.run import CHECKPOINT_VERSION, Folder, Stop, find_run, settings_of
 
+TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # for a picture of 256x128, as tests/benchmark.py counts it
 # The demo starts from random weights: it needs larger steps than fine-tuning CLIP does, and fewer.
-TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # a picture of 256x128, forward and backward; tests/benchmark.py counts
 TINY_DEFAULTS = {"epochs": 40, "decay_every": 30, "lr_visual": 2e-4, "lr_new": 1e-3, "image_size": [128, 64]}
 
 
 # -------------------------------------------------------------------------------------------- the update
+
+TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
 
 
 def update(run: "Run", images: Tensor, labels: Tensor) -> Tensor:
@@ -48,16 +50,12 @@ def update(run: "Run", images: Tensor, labels: Tensor) -> Tensor:
     loss = triplet + identity + args.supcon_weight * supcon  # Eq. 10
 
     run.optimizer.zero_grad()
-    run.scaler.scale(
-        loss * machine.world_size()
-    ).backward()  # the sum is wanted; DistributedDataParallel takes the mean
+    # DistributedDataParallel takes the mean of the processes' gradients; the sum is wanted.
+    run.scaler.scale(loss * machine.world_size()).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
     return torch.stack([loss, triplet, identity, supcon, accuracy]).detach()
-
-
-TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
 
 
 def gather_batch(output: Output, labels: Tensor) -> tuple[Output, Tensor]:
@@ -93,7 +91,7 @@ class Run:
             self.forward = torch.compile(self.forward)
         self.optimizer = make_optimizer(model, args)
         self.scheduler = StepLR(self.optimizer, args.decay_every, args.decay_factor)
-        self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
         self.temperature = args.temperature or model.temperature
         dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
         self.directions = [name for name in dropped if model.inversion and not dropped[name]]
@@ -243,9 +241,7 @@ def validate(run: Run, dataset: data.Dataset) -> None:
     name = f"epoch {run.epoch}" if run.epoch else "untrained"
     machine.say(f"{name}, {prompt} prompt: {evaluate.describe(result)}")
     run.log = run.log or [{"epoch": 0}]
-    run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"]}
-    if dataset.version:
-        run.log[-1]["dataset_version"] = dataset.version
+    run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"], "dataset_version": dataset.version}
     run.folder.write_log(run.log)
     if run.epoch and result["mAP"] > run.best:
         run.best = result["mAP"]
@@ -334,12 +330,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--without-interaction goes with the composed prompt and without --blocks; see --baseline")
     if not composes and (args.without_i2t or args.without_t2i):
         raise ValueError("--train-prompt simplified has no SupCon loss: drop --without-i2t and --without-t2i")
+    if args.without_i2t and args.without_t2i:
+        raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
     if args.compile and machine.world_size() > 1:
         raise ValueError("--compile does not go with torchrun: torch fails on SyncBatchNorm there (its issue 134182)")
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
         raise ValueError("--compile needs a C compiler, and none is on the PATH: install one, or drop --compile")
-    if args.without_i2t and args.without_t2i:
-        raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
     machine.check_machine_flags(args)
     args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
 

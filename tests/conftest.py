@@ -12,6 +12,10 @@ import data  # noqa: E402
 from model import PromptSG  # noqa: E402
 from util import demo  # noqa: E402
 
+# Autograd starts its threads at its first backward pass. After torch.export that is one too many for test_processes.py,
+# which forks; so the first one is here.
+torch.ones(1, requires_grad=True).backward()
+
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:

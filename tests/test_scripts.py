@@ -93,8 +93,8 @@ def test_a_run_holds_checkpoints_log_and_settings(trained):
     assert sorted(path.name for path in run_folder.iterdir()) == expected
     records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1, 2]
-    assert set(records[0]) == {"epoch", "mAP", "rank1"}
-    names = "epoch loss loss_triplet loss_id loss_supcon accuracy lr images_per_second mAP rank1"
+    assert set(records[0]) == {"epoch", "mAP", "rank1", "dataset_version"}
+    names = "epoch loss loss_triplet loss_id loss_supcon accuracy lr images_per_second mAP rank1 dataset_version"
     assert set(records[2]) == set(names.split())
     terms = records[1]["loss_triplet"] + records[1]["loss_id"] + 0.5 * records[1]["loss_supcon"]
     assert records[1]["loss"] == pytest.approx(terms, rel=1e-5)
@@ -110,7 +110,7 @@ def test_evaluate_needs_no_other_flag_than_the_prompt(trained, demo_root, prompt
     assert result.returncode == 0, result.stderr
     assert "checkpoint runs/synthetic-tiny/last.pt" in result.stdout
     score = json.loads((folder / "score.json").read_text())
-    names = "mAP rank1 rank5 rank10 images_per_second prompt dataset trained_on checkpoint"
+    names = "mAP rank1 rank5 rank10 images_per_second prompt dataset dataset_version trained_on precision checkpoint"
     assert set(score) == set(names.split())
     assert (score["prompt"], score["dataset"], score["trained_on"]) == (prompt, "synthetic", "synthetic")
     last = json.loads((folder / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()[-1])
