@@ -54,6 +54,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(trained, workpla
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "--resume" in output and "Traceback" not in output
+    assert output.count("SIGINT: finishing the step") == 1  # the loader process has nothing to say
     checkpoint = checkpoint_of(workplace)
     assert checkpoint["epoch"] == 1 and len(checkpoint["rows"]) > 0
 
