@@ -1,3 +1,8 @@
+import contextlib
+import io
+import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +17,9 @@ import data  # noqa: E402
 from model import PromptSG  # noqa: E402
 from util import demo  # noqa: E402
 
+FLAGS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --log-every 1"
+FLAGS += " --lr-visual 4e-4 --lr-new 8e-4 --decay-factor 0.5 --weight-decay 1e-3"
+
 # Autograd starts its threads at its first backward pass. After torch.export that is one too many for test_processes.py,
 # which forks; so the first one is here.
 torch.ones(1, requires_grad=True).backward()
@@ -23,6 +31,55 @@ def demo_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     demo.draw_dataset(root / "synthetic", data.MARKET_FOLDERS, train_ids=20, test_ids=6, pictures=8)
     return root
+
+
+@pytest.fixture
+def workplace(demo_root, tmp_path) -> Path:
+    """A folder to run scripts in, with the demo data where they look for it."""
+    (tmp_path / "data").symlink_to(demo_root)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(demo_root, tmp_path_factory) -> Path:
+    """Such a folder after train.py with FLAGS; what it printed is in printed.txt."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").symlink_to(demo_root)
+    (folder / "printed.txt").write_text(output_of("train.py", FLAGS, folder))
+    return folder
+
+
+def run(script: str, arguments: str, folder: Path, *more) -> subprocess.CompletedProcess:
+    """A script as from the command line, but without starting Python and importing torch anew, which takes seconds."""
+    argv, out, error, status = [script, *arguments.split(), *map(str, more)], io.StringIO(), "", 0
+    before = sys.argv, os.getcwd()
+    sys.argv = argv
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        error, status = ("", stop.code) if isinstance(stop.code, int) else (stop.code, 1)
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), error)
+
+
+def output_of(script: str, arguments: str, folder: Path, *more) -> str:
+    """What a script prints that ends well."""
+    result = run(script, arguments, folder, *more)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that says these words; not a traceback; exit status not 0."""
+    assert result.returncode not in (0, None), result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
 
 
 @pytest.fixture

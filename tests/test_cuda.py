@@ -7,17 +7,18 @@ import argparse
 
 import pytest
 import torch
-from test_scripts import run
+from conftest import FLAGS, output_of, refused, run
 
 import clip
+import data
 import evaluate
+import losses
 import train
 from extras.export import ImageToFeature, export
 from model import PromptSG
 from util import machine
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-FLAGS = "--dataset synthetic --backbone tiny --epochs 2 --batch-ids 8 --eval-every 1"
 
 
 def new_run(backbone: str, flags: str) -> train.Run:
@@ -77,25 +78,26 @@ def test_no_step_waits_for_the_device(precision):
 
 
 @needs_cuda
-def test_resume_is_bit_for_bit_with_deterministic(demo_root, tmp_path):
-    flags = f"{FLAGS} --deterministic --decay-every 9 --data-root {demo_root}"
-    assert run("train.py", flags, tmp_path, "--output", "whole").returncode == 0
-    assert run("train.py", flags.replace("--epochs 2", "--epochs 1"), tmp_path, "--output", "parts").returncode == 0
-    assert run("train.py", flags, tmp_path, "--output", "parts", "--resume").returncode == 0
+def test_resume_is_bit_for_bit_with_deterministic(workplace):
+    flags = FLAGS + " --deterministic --output"
+    output_of("train.py", f"{flags} whole", workplace)
+    output_of("train.py", f"{flags} parts --epochs 2", workplace)
+    output_of("train.py", f"{flags} parts --resume", workplace)
     torch.use_deterministic_algorithms(False)
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    whole, parts = (torch.load(workplace / name / "last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @needs_cuda
-def test_scores_and_features_are_the_cpus(demo_root, tmp_path):
-    assert run("train.py", f"{FLAGS} --data-root {demo_root}", tmp_path).returncode == 0
-    args = evaluate.parse_args(["--precision", "fp32", "--checkpoint", str(tmp_path / "runs/synthetic-tiny/last.pt")])
+def test_scores_and_features_are_the_cpus(workplace):
+    output_of("train.py", FLAGS, workplace)
+    args = evaluate.parse_args(["--precision", "fp32", "--checkpoint", str(workplace / "runs/synthetic-tiny/last.pt")])
     results = []
     for args.device in ("cpu", "cuda"):
         machine.check_machine_flags(args)
         model, _ = evaluate.load_run(args)
-        results.append(evaluate.score(model, evaluate.data.load_dataset("synthetic", demo_root), "composed", args))
+        dataset = data.load_dataset("synthetic", workplace / "data")
+        results.append(evaluate.score(model, dataset, "composed", args))
     torch.testing.assert_close(results[1]["query"].cpu(), results[0]["query"], atol=1e-3, rtol=0)
     assert results[1]["mAP"] == pytest.approx(results[0]["mAP"], abs=5e-3)
 
@@ -142,25 +144,21 @@ def test_the_device_becomes_the_current_one(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_a_batch_too_large_for_the_gpu_is_one_line(demo_root, tmp_path, monkeypatch):
+def test_a_batch_too_large_for_the_gpu_is_one_line(workplace, monkeypatch):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 MiB ...")
 
-    monkeypatch.setattr(train.losses, "triplet_loss", full)
+    monkeypatch.setattr(losses, "triplet_loss", full)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7.5 * 2**30)
-    result = run("train.py", FLAGS, tmp_path, "--data-root", demo_root)
-    expected = "error: out of GPU memory, peak 7.5 GiB: a batch of 32 pictures does not fit"
-    assert result.returncode == 1 and result.stderr.startswith(expected), result.stderr
-    for words in ("--precision bf16", "--batch-ids", "change the method"):
-        assert words in result.stderr
+    words = ("out of GPU memory, peak 7.5 GiB: a batch of 32 pictures", "--precision bf16", "--batch-ids", "the method")
+    refused(run("train.py", FLAGS, workplace), *words)
 
 
-def test_a_long_training_on_a_cpu_is_announced(demo_root, tmp_path):
-    arguments = "--dataset synthetic --backbone vit --clip-weights random --image-size 32 16 --batch-ids 2 --epochs 1"
-    more = " --batch-images 2 --steps 1 --eval-every 0"
-    result = run("train.py", arguments + more, tmp_path, "--data-root", demo_root, "--device", "cpu")
-    assert result.returncode == 0 and "WARNING: training on a CPU, which will take about " in result.stdout
-    (tmp_path / "runs/synthetic-vit/last.pt").unlink()  # 1.4 GB
+def test_a_long_training_on_a_cpu_is_announced(workplace):
+    flags = "--dataset synthetic --backbone vit --clip-weights random --image-size 32 16 --batch-ids 2 --epochs 1"
+    printed = output_of("train.py", flags + " --batch-images 2 --steps 1 --eval-every 0 --device cpu", workplace)
+    assert "WARNING: training on a CPU, which will take about " in printed
+    (workplace / "runs/synthetic-vit/last.pt").unlink()  # 1.4 GB
 
 
 def test_fp16_scales_its_loss_and_steps(make_model, labels):

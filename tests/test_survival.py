@@ -1,5 +1,7 @@
-"""Runs that are killed, stopped, diverge or meet broken files: nothing lost, nothing silent."""
+"""Runs that are killed, stopped, diverge or meet odd data: nothing lost, nothing silent."""
 
+import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,91 +15,70 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FLAGS, ROOT, output_of, refused, run
 from PIL import Image
-from test_scripts import refused, run
+from test_scripts import checkpoint_of, log_of
 
 import data
-import evaluate
-import train
+import losses
 from util.run import write_whole
 
-ARGUMENTS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --log-every 1"
 
-
-def start(folder, demo_root, *more, **options) -> subprocess.Popen:
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *ARGUMENTS.split(), "--data-root", str(demo_root), *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def wait_for(process: subprocess.Popen, words: str) -> None:
-    """Reads until a line holds the words."""
-    for line in process.stdout:
-        if words in line:
-            return
-    raise AssertionError(f"train.py ended before it printed {words!r}")
-
-
-def log_of(folder) -> list[dict]:
-    lines = (folder / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
-
-
-def weights_of(folder) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "runs/synthetic-tiny/last.pt", weights_only=True)["model"]
+def start(folder, words: str, *more) -> subprocess.Popen:
+    """train.py in a process of its own, once it has printed a line that holds the words."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *FLAGS.split(), *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    assert any(words in line for line in process.stdout), f"train.py ended before it printed {words!r}"
+    return process
 
 
 def assert_same_run(one, other) -> None:
-    assert log_of(one) == log_of(other)
-    a, b = weights_of(one), weights_of(other)
+    logs = [[{**record, "images_per_second": 0} for record in log_of(folder)] for folder in (one, other)]
+    assert logs[0] == logs[1]
+    a, b = (checkpoint_of(folder)["model"] for folder in (one, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, demo_root):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run("train.py", ARGUMENTS, folder, "--data-root", demo_root).returncode == 0
-    return folder
-
-
-# ----------------------------------------------------------------------------------------- kill and resume
-
-
-def test_a_run_killed_in_its_third_epoch_goes_on_bit_for_bit(uninterrupted, demo_root, tmp_path):
-    process = start(tmp_path, demo_root)
-    wait_for(process, "epoch 3/4  step 2/")
+def test_a_run_killed_in_its_third_epoch_goes_on_bit_for_bit(trained, workplace):
+    process = start(workplace, "epoch 3/4  step 2/")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1, 2]
-    result = run("train.py", ARGUMENTS + " --resume", tmp_path, "--data-root", demo_root)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(uninterrupted, tmp_path)
+    assert [record["epoch"] for record in log_of(workplace)] == [0, 1, 2]
+    output_of("train.py", FLAGS + " --resume", workplace)
+    assert_same_run(trained, workplace)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, demo_root, tmp_path, number, status):
-    """Also with loader processes, which Ctrl-C reaches as well; the middle of an epoch is no worse than its end."""
-    process = start(tmp_path, demo_root, "--workers", "1")
-    wait_for(process, "epoch 2/4  step 1/")
-    process.send_signal(number)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(trained, workplace, monkeypatch):
+    """Ctrl-C with a loader process, then SIGTERM, then to the end; the middle of an epoch is no worse than its end."""
+    process = start(workplace, "epoch 2/4  step 1/", "--workers", "1")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader process, too
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == status, output
+    assert process.returncode == 128 + signal.SIGINT, output
     assert "--resume" in output and "Traceback" not in output
-    checkpoint = torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)
+    assert output.count("SIGINT: finishing the step") == 1  # the loader process has nothing to say
+    checkpoint = checkpoint_of(workplace)
     assert checkpoint["epoch"] == 1 and len(checkpoint["rows"]) > 0
-    result = run("train.py", ARGUMENTS + " --resume", tmp_path, "--data-root", demo_root)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(uninterrupted, tmp_path)
+
+    steps, identity_loss = [], losses.identity_loss
+
+    def terminated(*arguments):
+        steps.append(identity_loss(*arguments))
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps[-1]
+
+    monkeypatch.setattr(losses, "identity_loss", terminated)
+    result = run("train.py", FLAGS + " --resume", workplace)
+    assert result.returncode == 128 + signal.SIGTERM and "--resume" in result.stdout and len(steps) == 6
+    output_of("train.py", FLAGS + " --resume", workplace)
+    assert_same_run(trained, workplace)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(uninterrupted, demo_root, tmp_path):
-    short = ARGUMENTS.replace("--epochs 4", "--epochs 1")
-    for name, seed in (("a", "0"), ("b", "1")):
-        (tmp_path / name).mkdir()
-        assert run("train.py", f"{short} --seed {seed}", tmp_path / name, "--data-root", demo_root).returncode == 0
-    assert log_of(tmp_path / "a")[1]["loss"] == log_of(uninterrupted)[1]["loss"]
-    assert log_of(tmp_path / "b")[1]["loss"] != log_of(uninterrupted)[1]["loss"]
+def test_a_run_can_be_lengthened(trained, workplace):
+    output_of("train.py", FLAGS.replace("--epochs 4", "--epochs 2"), workplace)
+    output_of("train.py", FLAGS + " --resume", workplace)
+    assert_same_run(trained, workplace)
 
 
 def save_for_ever(path) -> None:
@@ -123,71 +104,32 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert last > 0  # some were saved
 
 
-def save_with_little_room(path) -> None:
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as on a full disk, writing fails
-    try:
-        write_whole({"tensor": torch.zeros(300_000)}, path)
-    except OSError as error:
-        os._exit(0 if "make room" in str(error) and "\n" not in str(error) else 1)
-    os._exit(2)
-
-
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "last.pt"
+    path, limits = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     write_whole({"value": 7}, path)
-    process = multiprocessing.get_context("fork").Process(target=save_with_little_room, args=(path,))
-    process.start()
-    process.join(timeout=60)
-    assert process.exitcode == 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk, writing fails
+    try:
+        with pytest.raises(OSError, match="make room") as error:
+            write_whole({"tensor": torch.zeros(300_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
     assert torch.load(path, weights_only=True) == {"value": 7}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(demo_root, tmp_path, monkeypatch):
-    assert run("train.py", ARGUMENTS.replace("4", "1", 1), tmp_path, "--data-root", demo_root).returncode == 0
-    before = (tmp_path / "runs/synthetic-tiny/last.pt").read_bytes()
-    checkpoint = torch.load(tmp_path / "runs/synthetic-tiny/last.pt", weights_only=True)
-    checkpoint["args"]["epochs"] = 4
-    torch.save(checkpoint, tmp_path / "runs/synthetic-tiny/last.pt")
-    before = (tmp_path / "runs/synthetic-tiny/last.pt").read_bytes()
-    supcon, calls = train.losses.supcon_direction, []
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(trained, workplace, monkeypatch):
+    shutil.copytree(trained / "runs", workplace / "runs")
+    before = (workplace / "runs/synthetic-tiny/last.pt").read_bytes()
+    supcon, factors = losses.supcon_direction, itertools.chain([1, 1], itertools.repeat(float("nan")))
 
     def diverging(*arguments):
-        calls.append(1)
-        return supcon(*arguments) * (float("nan") if len(calls) > 2 else 1)
+        return supcon(*arguments) * next(factors)
 
-    monkeypatch.setattr(train.losses, "supcon_direction", diverging)
-    result = run("train.py", ARGUMENTS + " --resume", tmp_path, "--data-root", demo_root)
-    refused(result, "loss and loss_supcon not finite at epoch 2, step 2", "learning rates [0.0002, 0.001]", "_c1s1_")
-    assert (tmp_path / "runs/synthetic-tiny/last.pt").read_bytes() == before
-
-
-# ----------------------------------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I", "I;16", "F"])
-def test_pictures_of_every_mode_are_read(tmp_path, mode):
-    """Mid-grey, whatever the file's mode."""
-    suffix = {"CMYK": "jpg", "YCbCr": "jpg", "F": "tiff", "I": "tiff"}.get(mode, "png")
-    grey = {"I": 128 << 8, "I;16": 128 << 8, "1": 1}.get(mode)
-    picture = Image.new("L", (8, 16), 128).convert(mode) if grey is None else Image.new(mode, (8, 16), grey)
-    picture.save(tmp_path / f"picture.{suffix}")
-    pixels = data.read_picture(tmp_path / f"picture.{suffix}", (32, 16))
-    assert pixels.shape == (3, 32, 16)
-    assert ((pixels.float() - (255 if mode == "1" else 128)).abs() <= 2).all()
-
-
-def test_small_and_odd_and_enormous_pictures(tmp_path):
-    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "dot.png")
-    assert data.read_picture(tmp_path / "dot.png", (256, 128)).unique().tolist() == [9]
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
-    with pytest.raises(OSError, match=r"cannot read the picture .*huge.png .*exceeds limit") as error:
-        data.read_picture(tmp_path / "huge.png", (256, 128))
-    assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------ data and names
+    monkeypatch.setattr(losses, "supcon_direction", diverging)
+    result = run("train.py", FLAGS + " --epochs 6 --resume", workplace)
+    refused(result, "loss and loss_supcon not finite at epoch 5, step 2", "learning rates [0.0001, 0.0002]", "_c1s1_")
+    assert (workplace / "runs/synthetic-tiny/last.pt").read_bytes() == before
 
 
 def write_tree(root, names: dict[str, list[str]]) -> None:
@@ -209,107 +151,103 @@ def test_odd_but_sound_data_trains(tmp_path):
     write_tree(root, {"bounding_box_train": train_names, "query": query, "bounding_box_test": people()})
     (root / "query" / "notes.txt").write_text("hello")
     (root / "query" / "0001.jpg").write_bytes(b"of another pattern")
-    arguments = "--dataset folder --backbone tiny --batch-ids 9 --epochs 1"
-    result = run("train.py", arguments, tmp_path, "--data-root", root)
-    assert result.returncode == 0, result.stderr
-    assert "epoch 1, composed prompt: mAP" in result.stdout
+    flags = "--dataset folder --backbone tiny --batch-ids 9 --epochs 1 --data-root"
+    assert "epoch 1, composed prompt: mAP" in output_of("train.py", flags, tmp_path, root)
 
 
 def test_a_gallery_of_one_camera_cannot_be_scored(tmp_path):
-    write_tree(
-        tmp_path,
-        {"bounding_box_train": people(), "query": people([1], pictures=1), "bounding_box_test": people([1])},
-    )
-    arguments = "--dataset folder --backbone tiny --batch-ids 4 --epochs 1"
-    refused(run("train.py", arguments, tmp_path, "--data-root", tmp_path), "no query has a picture", "another camera")
+    names = {"bounding_box_train": people(), "query": people([1], pictures=1), "bounding_box_test": people([1])}
+    write_tree(tmp_path, names)
+    flags = "--dataset folder --backbone tiny --batch-ids 4 --epochs 1 --data-root ."
+    refused(run("train.py", flags, tmp_path), "no query has a picture", "another camera")
 
 
-def test_an_output_that_cannot_be_written(demo_root, tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(run("train.py", ARGUMENTS + " --output file", tmp_path, "--data-root", demo_root), "file")
-    refused(run("train.py", ARGUMENTS + " --output /proc/run", tmp_path, "--data-root", demo_root), "/proc/run")
-
-
-# -------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_checkpoints_of_another_version_or_with_other_weights(uninterrupted, demo_root, tmp_path):
-    whole = torch.load(uninterrupted / "runs/synthetic-tiny/last.pt", weights_only=True)
-    torch.save({**whole, "version": 1}, tmp_path / "old.pt")
-    fewer = {name: tensor for name, tensor in whole["model"].items() if name != "bnneck.weight"}
-    torch.save({**whole, "model": fewer}, tmp_path / "fewer.pt")
-    torch.save({**whole, "model_args": {**whole["model_args"], "blocks": 1}}, tmp_path / "settings.pt")
-    for name, words in (("old.pt", "version 1"), ("fewer.pt", "do not fit"), ("settings.pt", "do not fit")):
-        refused(run("evaluate.py", f"--checkpoint {name}", tmp_path, "--data-root", demo_root), words)
-
-
-def test_a_run_on_another_dataset_is_not_resumed(uninterrupted, demo_root, tmp_path):
-    shutil.copytree(uninterrupted / "runs", tmp_path / "runs")
-    arguments = ARGUMENTS.replace("synthetic", "folder") + " --resume --output runs/synthetic-tiny"
-    refused(
-        run("train.py", arguments, tmp_path, "--data-root", demo_root / "synthetic"), "--dataset synthetic, not folder"
-    )
-
-
-def test_a_run_on_changed_data_is_not_resumed(uninterrupted, demo_root, tmp_path):
+def test_a_run_on_changed_data_is_not_resumed(trained, demo_root, tmp_path):
     """One training picture has another name."""
-    shutil.copytree(uninterrupted / "runs", tmp_path / "runs")
+    shutil.copytree(trained / "runs", tmp_path / "runs")
     shutil.copytree(demo_root, tmp_path / "data")
     picture = next((tmp_path / "data/synthetic/bounding_box_train").iterdir())
     picture.rename(picture.with_name(picture.name.replace("_00.jpg", "_01.jpg")))
-    refused(run("train.py", ARGUMENTS + " --resume", tmp_path), "the training data is not what this run began with")
+    refused(run("train.py", FLAGS + " --resume", tmp_path), "the training data is not what this run began with")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_not_ranked(bad):
-    ones = torch.ones(2, dtype=torch.long)
-    features = torch.tensor([[1.0, 0.0], [bad, 0.0]])
-    with pytest.raises(ValueError, match="diverged"):
-        evaluate.rank_metrics(features[:1], features, ones[:1], ones, ones[:1], 1 + ones)
+# ------------------------------------------------------------------------------------- folders, signals, files
+
+ONE_STEP = FLAGS.replace("--epochs 4", "--epochs 1 --steps 1 --eval-every 0")
 
 
-# ------------------------------------------------------------------------------------------- random trials
+def test_a_reader_that_is_gone_costs_no_save(trained, workplace):
+    """`train.py | tee log` and Ctrl-C, which ends tee first."""
+    process = start(workplace, "epoch 2/4  step 1/")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    output_of("train.py", FLAGS + " --resume", workplace)
+    assert_same_run(trained, workplace)
 
 
-def test_readers_on_random_names(tmp_path):
-    """Three hundred names, good and bad: what matches is read as it says, the rest is passed over."""
-    rng, expected = random.Random(0), []
-    folder = tmp_path / "bounding_box_train"
-    for subfolder in data.MARKET_FOLDERS.values():
-        (tmp_path / subfolder).mkdir()
-        (tmp_path / subfolder / "0001_c1.jpg").touch()
-    for number in range(300):
-        pid, cam = rng.choice([-1, 0, rng.randrange(10**6)]), rng.randrange(1, 20)
-        good = f"{pid}_c{cam}{rng.choice(['', 's1', '_x'])}_{number}.{rng.choice(['jpg', 'PNG', 'jpeg'])}"
-        name = rng.choice([good, good, good.replace("_c", rng.choice(["_", "c", "_k"])), good + ".txt", "x" + good])
-        (folder / name).touch()
-        if name == good and pid != -1:
-            expected.append((pid, cam))
-    read = [(sample.pid, sample.camid) for sample in data.read_market(tmp_path)[0]]
-    assert sorted(read) == sorted([*expected, (1, 1)])
+def test_a_signal_to_the_whole_group_reaches_loader_processes_too(workplace):
+    """As a cluster's scheduler sends it; SIGHUP, as a terminal that closes. SIGTERM has no other effect on loaders."""
+    process = start(workplace, "epoch 2/4  step 1/", "--workers", "2")
+    os.killpg(process.pid, signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP and "--resume" in output and "Traceback" not in output, output
 
 
-def test_flags_at_random_give_a_value_or_one_line():
-    """Two hundred sets of flags: each is taken with sensible values, or refused in one line."""
-    rng, outcomes = random.Random(0), []
-    numbers = ["-1", "nan", "0", "0.1", "0.5", "0.9", "1", "3"]
-    integers = ["epochs", "batch-ids", "batch-images", "decay-every", "steps", "eval-every", "log-every", "workers"]
-    fractions = ["lr-visual", "lr-new", "decay-factor", "supcon-weight", "temperature", "margin", "label-smoothing"]
-    switches = ["--baseline", "--without-i2t", "--without-t2i", "--without-interaction"]
-    for _ in range(200):
-        argv = ["--device", "cpu", *rng.sample(switches, rng.choice([0, 0, 0, 1]))]
-        for name in rng.sample(integers, 1):
-            argv += [f"--{name}", rng.choice(["-1", "0", "1", "3"])]
-        for name in rng.sample(fractions, 1):
-            argv += [f"--{name}", rng.choice(numbers)]
-        try:
-            args = train.parse_args(argv)
-            train.check_args(args)
-        except ValueError as error:
-            assert "\n" not in str(error) and "--" in str(error)
-            outcomes.append("refused")
-        else:
-            assert args.epochs > 0 and args.lr_new > 0 and args.lr_visual > 0 and args.batch_ids > 0
-            assert args.margin >= 0 and 0 <= args.label_smoothing < 1 and args.workers >= 0
-            outcomes.append("taken")
-    assert set(outcomes) == {"taken", "refused"}
+def test_only_one_training_writes_to_a_folder(workplace):
+    process = start(workplace, "epoch 1/4  step 1/")
+    refused(run("train.py", FLAGS + " --overwrite", workplace), "another training is writing to runs/synthetic-tiny")
+    process.kill()
+    process.wait()
+    output_of("train.py", ONE_STEP + " --overwrite", workplace)
+
+
+@pytest.mark.parametrize("part", ["last.pt", "best.pt", "log.jsonl", "args.json"])
+def test_any_part_of_a_run_is_a_run(workplace, part):
+    (workplace / "runs/synthetic-tiny").mkdir(parents=True)
+    (workplace / "runs/synthetic-tiny" / part).write_text("{}")
+    refused(run("train.py", FLAGS, workplace), "holds a run", "--overwrite")
+
+
+def test_a_run_is_overwritten_when_the_new_one_is_saved_and_not_before(trained, workplace, monkeypatch):
+    """A first step that fails leaves the old run as it was; other files stay, always."""
+    folder = workplace / "runs/synthetic-tiny"
+    shutil.copytree(trained / "runs/synthetic-tiny", folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "triplet_loss", lambda *arguments: torch.tensor(float("nan"), requires_grad=True))
+        refused(run("train.py", ONE_STEP + " --overwrite", workplace), "loss_triplet not finite")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["synthetic-tiny"]
+    output_of("train.py", ONE_STEP + " --overwrite", workplace)
+    assert len(log_of(workplace)) == 1 and (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in folder.parent.iterdir()] == ["synthetic-tiny"]
+
+
+def test_a_run_set_aside_is_not_set_aside_again(trained, workplace):
+    shutil.copytree(trained / "runs/synthetic-tiny", workplace / "runs/synthetic-tiny")
+    (workplace / "runs/synthetic-tiny.old").mkdir()
+    refused(run("train.py", ONE_STEP + " --overwrite", workplace), "synthetic-tiny.old is in the way")
+    assert checkpoint_of(workplace)["epoch"] == 4
+
+
+def test_zeroed_bytes_in_a_checkpoint_are_noticed(trained, workplace):
+    content = bytearray((trained / "runs/synthetic-tiny/last.pt").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(100)
+    (workplace / "zeroed.pt").write_bytes(content)
+    torch.load(workplace / "zeroed.pt", weights_only=True)  # torch takes it
+    refused(run("evaluate.py", "--checkpoint zeroed.pt", workplace), "zeroed.pt is damaged")
+
+
+def test_training_needs_no_git(workplace, monkeypatch):
+    monkeypatch.setenv("PATH", str(workplace))
+    output_of("train.py", ONE_STEP, workplace)
+    assert json.loads((workplace / "runs/synthetic-tiny/args.json").read_text())["commit"] is None
+
+
+def test_little_shared_memory_is_said_before(workplace, monkeypatch):
+    """Docker gives 64 MB unless told otherwise."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**20))
+    refused(run("train.py", FLAGS + " --workers 2", workplace), "--shm-size", "--workers")
