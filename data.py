@@ -191,11 +191,12 @@ def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
     Pillow suspects a bomb.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if picture.mode.startswith("I"):
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            pixels = v2.functional.pil_to_tensor(picture.convert("RGB"))
+            with Image.open(path) as picture:
+                if picture.mode.startswith("I"):
+                    picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+                pixels = v2.functional.pil_to_tensor(picture.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise whatever they like on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"cannot read the picture {path} ({reason}): replace it or take it out") from error

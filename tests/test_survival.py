@@ -221,7 +221,7 @@ def test_a_run_is_overwritten_when_the_new_one_is_saved_and_not_before(trained, 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["synthetic-tiny"]
     output_of("train.py", ONE_STEP + " --overwrite", workplace)
-    assert len(log_of(workplace)) == 1 and (folder / "notes.txt").read_text() == "mine"
+    assert len(log_of(workplace)) == 2 and (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["synthetic-tiny"]
 
 
