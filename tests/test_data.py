@@ -91,7 +91,7 @@ def test_summary_counts_and_warns_of_what_is_missing(tmp_path):
     assert lines[0] == f"market1501, read from {tmp_path / 'market1501'}"
     assert [part.strip() for part in lines[2].split("|")] == ["train", "4", "5", "5"]
     assert "should have 751 ids, 12936 images, 6 cameras, not 4 ids, 5 images, 5 cameras" in lines[3]
-    whole = [Sample(tmp_path, i % 751, 1) for i in range(12936)]
+    whole = [Sample(tmp_path, i % 751, i % 6) for i in range(12936)]
     assert "train should" not in data.summary(dataset._replace(train=whole))
     assert "warning" not in data.summary(dataset._replace(name="folder"))
 
