@@ -116,7 +116,7 @@ def find_folder(name: str, root: Path) -> Path:
         nested = next((child for child in folder.glob("*/") if holds(child)), None)
         if nested:
             raise FileNotFoundError(f"{name} lies one folder too deep, in {nested}: move it up ({expected})")
-    raise FileNotFoundError(f"{name} is not under {root}: {expected}; see the README for where to get it")
+    raise FileNotFoundError(f"{name} is not under {root}: {expected}; docs/data.md says where to get it")
 
 
 def read_market(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]:
