@@ -1,7 +1,7 @@
 """Every row of Tables 3 to 5, and Table 2's baseline, on the demo data: python tests/ablation.py
 
 Trains eight models with three seeds each, one process a core (about half an hour on two cores), in runs/ablation,
-leaves out what is already there, and prints the table of docs/reproduce.md. Weak evidence: the tiny CLIP knows no language.
+leaves out what is already there, and prints the table of docs/reproduce.md. Weak: the tiny CLIP knows no language.
 """
 
 import json
