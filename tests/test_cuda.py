@@ -120,7 +120,8 @@ def test_the_exported_graph_names_no_device(config):
     small = dict(clip.ARCHITECTURES[config], vision_layers=1 if config == "ViT-B/16" else (1, 1, 1, 1), text_layers=1)
     model = PromptSG(clip.CLIP(**small, image_size=(64, 32)), 4).eval()
     images = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
-    program = torch.export.export(ImageToFeature(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", max=2**16)},))
+    batch = torch.export.Dim("batch", max=2**16)
+    program = torch.export.export(ImageToFeature(model), (images,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         assert "device" not in node.kwargs and "_assert_tensor_metadata" not in str(node.target), node
 
