@@ -126,7 +126,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
         self.heads = heads
-        self.keep_map = False
+        self.keep_probabilities = False
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -138,9 +138,9 @@ class Attention(nn.Module):
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W / heads)
-        if self.keep_map:  # in the open, for who wants to see it; not causal
-            self.map = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, N, N), with its gradient
-            x = self.map @ v
+        if self.keep_probabilities:  # in the open, for who wants to see it; not causal
+            self.probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, N, N), with its gradient
+            x = self.probabilities @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, N, W))
@@ -198,7 +198,7 @@ def num_heads(width: int) -> int:
 class ImageFeatures(NamedTuple):
     embedding: Tensor  # (B, D) the global visual embedding v, which is tokens[:, 0]
     tokens: Tensor  # (B, 1 + M, D) every token in the joint space: X = {v~, v_1 .. v_M}
-    states: list[Tensor]  # the encoder's last three states, (B, W), (B, W), v; for the triplet loss
+    states: list[Tensor]  # for the triplet loss: the encoder's last three, two of its own width and v
 
 
 class VisionTransformer(nn.Module):
@@ -258,9 +258,9 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """Attention over the mean of a feature map and its positions. CLIP asks only for the mean's answer, position 0."""
 
-    def __init__(self, grid: tuple[int, int], width: int, num_heads: int, embed_dim: int):
+    def __init__(self, grid: tuple[int, int], width: int, embed_dim: int):
         super().__init__()
-        self.heads = num_heads
+        self.heads = num_heads(width)
         self.positional_embedding = nn.Parameter(torch.randn(1 + math.prod(grid), width) * width**-0.5)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -295,7 +295,7 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self.stage(4 * width, 2 * width, layers[1], stride=2)
         self.layer3 = self.stage(8 * width, 4 * width, layers[2], stride=2)
         self.layer4 = self.stage(16 * width, 8 * width, layers[3], stride=last_stride)
-        self.attnpool = AttentionPool(grid, 32 * width, num_heads(32 * width), embed_dim)
+        self.attnpool = AttentionPool(grid, 32 * width, embed_dim)
 
     @staticmethod
     def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -351,7 +351,7 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, H, W) -> embedding (B, D), tokens (B, 1 + M, D), three states (B, W)."""
+        """Normalised images (B, 3, H, W) -> embedding (B, D), tokens (B, 1 + M, D), three states, the last one v."""
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:

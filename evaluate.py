@@ -16,9 +16,10 @@ from torch import Tensor
 
 import data
 from model import PromptSG, restore_model
-from util import machine, run
+from util import machine
 from util.machine import show_progress
 from util.rerank import k_reciprocal
+from util.run import load_checkpoint, newest_checkpoint
 
 SCORES = ("mAP", "rank1", "rank5", "rank10")
 
@@ -221,8 +222,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_run(args: argparse.Namespace) -> tuple[PromptSG, dict]:
     """The model of --checkpoint, on --device, and the flags it was trained with, which fill in what args leave open."""
-    args.checkpoint = args.checkpoint or run.newest_checkpoint()
-    checkpoint = run.load_checkpoint(args.checkpoint)
+    args.checkpoint = args.checkpoint or newest_checkpoint()
+    checkpoint = load_checkpoint(args.checkpoint)
     settings = checkpoint["args"]
     trained = f"{settings['backbone']} trained on {settings['dataset']}, epoch {checkpoint['epoch']}"
     print(f"checkpoint {args.checkpoint}: {trained}")
@@ -250,6 +251,8 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--features", args.features)):
         if file and not file.parent.is_dir():
             raise FileNotFoundError(f"{flag} {file}: there is no folder {file.parent}")
+        if file and file.is_dir():
+            raise ValueError(f"{flag} {file} is a folder: give the name of a file")
     if args.rerank and (len(args.rerank) != 2 or min(args.rerank) < 1):
         raise ValueError("--rerank takes k1 and k2, both at least 1, or nothing for 20 and 6")
 

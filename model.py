@@ -51,7 +51,7 @@ class InteractionModule(nn.Module):
 
     def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Softmax(Q K^T / sqrt d) of Eq. 7, over the tokens: text (B or 1, D), tokens (B, 1 + M, D) -> (B, 1 + M)."""
-        B, N, D = tokens.shape
+        B, _, D = tokens.shape
         Q = self.query(text).expand(B, D)  # one row for each image
         K = self.key(tokens)  # (B, 1 + M, D)
         return (torch.einsum("bd,bnd->bn", Q, K) / D**0.5).softmax(dim=1)

@@ -94,12 +94,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
         self.temperature = args.temperature or model.temperature
         dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
+        # Table 3 b) and c) drop one; without the inversion network (Table 4) there is none.
         self.directions = [name for name in dropped if model.inversion and not dropped[name]]
         self.epoch = 0  # whole epochs done
         self.rows = []  # of the next epoch: the TERMS of each step done
         self.log = []  # a record an epoch
         self.best = 0.0  # mAP
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def learning_rates(self) -> list[float]:
         """Of the visual encoder and of the new modules."""
@@ -147,16 +148,16 @@ class Run:
     def save(self) -> None:
         """Writes last.pt."""
         self.folder.save(self.state_dict(), "last.pt")
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
 
 def train(run: Run, dataset: data.Dataset, loader: DataLoader, stop: Stop) -> None:
     """The epochs that are left, scored where they are to be; returns early, with everything saved, at a signal.
 
-    It saves when a minute has passed since the last time (ViT-B/16: 1.4 GB), before scoring, and at the end.
+    It saves before scoring, at the end, and after an epoch if the last time is a minute ago (ViT-B/16: 1.4 GB).
     """
     args = run.args
-    first = run.epoch
+    first_epoch = run.epoch
     start = time.perf_counter()
     scoring = 0.0
     while not stop.asked():
@@ -164,14 +165,15 @@ def train(run: Run, dataset: data.Dataset, loader: DataLoader, stop: Stop) -> No
             begin = time.perf_counter()
             validate(run, dataset)
             scoring += time.perf_counter() - begin
+            continue
         if run.epoch == args.epochs:
             break
         train_epoch(run, loader, stop)
-        if run.is_to_be_scored() or time.monotonic() - run.saved > 60:
+        if run.is_to_be_scored() or time.monotonic() - run.saved_at > 60:
             run.save()
     run.save()
     seconds = time.perf_counter() - start - scoring
-    machine.say(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first} epochs, without scoring")
+    machine.say(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first_epoch} epochs, without scoring")
     if args.device.startswith("cuda"):
         machine.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
@@ -183,17 +185,17 @@ def train_epoch(run: Run, loader: DataLoader, stop: Stop) -> None:
     Raises ValueError, in `read_rows`, for a loss that is not finite.
     """
     run.model.train()
-    first = len(run.rows)
-    loader.batch_sampler.set_epoch(run.epoch + 1, skip=first)
+    steps_before = len(run.rows)
+    loader.batch_sampler.set_epoch(run.epoch + 1, skip=steps_before)
     steps = min(len(loader), run.args.steps or len(loader))
     unread = []
     start = time.perf_counter()
-    for step, (images, labels) in enumerate(loader, first + 1):
+    for step, (images, labels) in enumerate(loader, steps_before + 1):
         unread.append(update(run, images, labels))
         is_last = step == steps or stop.asked()
         if is_last or step % run.args.log_every == 0:
             read_rows(run, unread, loader)
-            seconds_a_step = (time.perf_counter() - start) / (step - first)
+            seconds_a_step = (time.perf_counter() - start) / (step - steps_before)
             print_line(run, steps, seconds_a_step)
         if is_last:
             break
@@ -318,6 +320,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and less than 2**32")
     if args.batch_ids < 2 or args.batch_images < 2:
         raise ValueError("--batch-ids and --batch-images must be at least 2: a triplet needs both kinds of pairs")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite starts anew: give one of them")
     if min(args.image_size) <= 0:
         raise ValueError("--image-size must be more than 0")
     if args.label_smoothing >= 1:
@@ -367,13 +371,14 @@ def main(argv: list[str] | None = None) -> None:
 
     too_large = (
         f"a batch of {args.batch_ids * args.batch_images} pictures does not fit: "
-        "try --precision bf16; fewer --batch-ids help, too, and change the method"
+        "--precision bf16 needs less than fp32; fewer --batch-ids help, too, and change the method"
     )
-    with run.folder, Stop() as stop, machine.out_of_memory(too_large):
+    with Stop() as stop, run.folder, machine.out_of_memory(too_large):
         run.folder.write_log(run.log)
         train(run, dataset, loader, stop)
     is_first = machine.leave_processes()
-    if stop.signal:
+    is_finished = run.epoch == args.epochs and not run.is_to_be_scored()
+    if stop.signal and not is_finished:
         machine.say(f"saved in {args.output}; go on with the same command and --resume")
         sys.exit(128 + stop.signal)
     if is_first:

@@ -47,6 +47,7 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
     reloaded = torch.export.load(path).module()
     difference = (reloaded(more) - model.embed(data.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
+        path.unlink()
         raise ValueError(f"{path} differs from the model by {difference:.1e}: do not use it, and please report this")
     height, width = image_size
     print(

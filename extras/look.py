@@ -43,14 +43,14 @@ def relevance(model: PromptSG, images: Tensor, prompt: str) -> Tensor:
     encoder = [block.attn for block in model.clip.visual.transformer.resblocks]
     behind = [block.attn for block in model.interaction.blocks]
     for layer in encoder + behind:
-        layer.keep_map = True
+        layer.keep_probabilities = True
     features = model.clip.encode_image(images)
     a = model.interaction.attention_map(text, features.tokens)  # (B, 1 + M)
     z = model.interaction.aggregate(a, features.tokens)
-    maps = [*(layer.map for layer in encoder), a, *(layer.map for layer in behind)]
+    maps = [*(layer.probabilities for layer in encoder), a, *(layer.probabilities for layer in behind)]
     for layer in encoder + behind:
-        layer.keep_map = False
-        del layer.map
+        layer.keep_probabilities = False
+        del layer.probabilities
 
     similarity = F.cosine_similarity(features.embedding, text) + F.cosine_similarity(z, text)
     gradients = torch.autograd.grad(similarity.sum(), maps)

@@ -49,17 +49,15 @@ def main(argv: list[str] | None = None) -> None:
     check_args(args)
     model, _ = evaluate.load_run(args)
 
-    def embed(samples: list[data.Sample]) -> Tensor:
-        return evaluate.extract(lambda images: model.embed(images, args.prompt), samples, args)
-
     samples = find_pictures(args.images)
-    features = embed(samples)
+    query = [data.Sample(args.query, data.JUNK, 0)] if args.query else []
+    both = evaluate.extract(lambda images: model.embed(images, args.prompt), query + samples, args)
+    query_features, features = both.split([len(query), len(samples)])
     if args.features:
         names = [str(sample.path) for sample in samples]
         evaluate.write_arrays(args.features, {"images_names": names, "images_features": features.cpu().numpy()})
     if args.query:
-        query = data.Sample(args.query, data.JUNK, 0)
-        draw_search(query, samples, features @ embed([query])[0], Path(f"search-{query.path.stem}"))
+        draw_search(query[0], samples, features @ query_features[0], Path(f"search-{args.query.stem}"))
 
 
 if __name__ == "__main__":

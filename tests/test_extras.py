@@ -77,11 +77,11 @@ def test_a_kept_attention_map_is_what_is_computed(make_model, images):
     image_layers = [layer for layer in layers if layer not in set(model.clip.transformer.modules())]
     assert len(image_layers) == 5  # three of the encoder, two of the interaction module
     for layer in image_layers:
-        layer.keep_map = True
+        layer.keep_probabilities = True
     torch.testing.assert_close(model.embed(images), expected, atol=1e-5, rtol=1e-5)
     for layer in image_layers:
-        assert layer.map.shape == (8, 2, 9, 9) and layer.map.requires_grad
-        torch.testing.assert_close(layer.map.sum(dim=-1), torch.ones(8, 2, 9))
+        assert layer.probabilities.shape == (8, 2, 9, 9) and layer.probabilities.requires_grad
+        torch.testing.assert_close(layer.probabilities.sum(dim=-1), torch.ones(8, 2, 9))
 
 
 def test_relevance_follows_its_definition(make_model, images):
@@ -103,11 +103,11 @@ def test_relevance_follows_its_definition(make_model, images):
     # Everything before the cross-attention: its R is the visual encoder's.
     layers = [block.attn for block in model.clip.visual.transformer.resblocks]
     for layer in layers:
-        layer.keep_map = True
+        layer.keep_probabilities = True
     tokens = model.clip.encode_image(images).tokens
     z = (9 * model.interaction.attention_map(text, tokens)[..., None] * model.interaction.value(tokens)).mean(dim=1)
     whole = F.cosine_similarity(z, text) + F.cosine_similarity(tokens[:, 0], text)
-    maps = [layer.map for layer in layers]
+    maps = [layer.probabilities for layer in layers]
     R = torch.eye(9, dtype=torch.double)
     for A, dA in zip(maps, torch.autograd.grad(whole.sum(), maps)):
         R = R + (A * dA).clamp(min=0)[0].mean(dim=0) @ R
@@ -121,7 +121,9 @@ def test_relevance_leaves_no_gradients_behind(make_model, images):
     found = look.relevance(model, images, "composed")
     assert found.shape == (8, 9) and found.isfinite().all() and (found >= 0).all()
     assert all(p.grad is None for p in model.parameters())
-    assert not any(getattr(module, "keep_map", False) or hasattr(module, "map") for module in model.modules())
+    assert not any(
+        getattr(module, "keep_probabilities", False) or hasattr(module, "probabilities") for module in model.modules()
+    )
 
 
 def test_attention_on_the_person_is_measured(make_model, demo_root, monkeypatch):

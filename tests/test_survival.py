@@ -21,7 +21,7 @@ from test_scripts import checkpoint_of, log_of
 
 import data
 import losses
-from util.run import write_whole
+from util.run import Folder, Stop, write_whole
 
 
 def start(folder, words: str, *more) -> subprocess.Popen:
@@ -186,12 +186,14 @@ def test_a_reader_that_is_gone_costs_no_save(trained, workplace):
     assert_same_run(trained, workplace)
 
 
-def test_a_signal_to_the_whole_group_reaches_loader_processes_too(workplace):
-    """As a cluster's scheduler sends it; SIGHUP, as a terminal that closes. SIGTERM has no other effect on loaders."""
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(workplace, number):
+    """As a terminal that closes sends it, or a cluster's scheduler: the loader processes go on and say nothing."""
     process = start(workplace, "epoch 2/4  step 1/", "--workers", "2")
-    os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGHUP and "--resume" in output and "Traceback" not in output, output
+    assert process.returncode == 128 + number and "--resume" in output and "Traceback" not in output, output
+    assert output.count("finishing the step") == 1
 
 
 def test_only_one_training_writes_to_a_folder(workplace):
@@ -225,11 +227,70 @@ def test_a_run_is_overwritten_when_the_new_one_is_saved_and_not_before(trained, 
     assert [path.name for path in folder.parent.iterdir()] == ["synthetic-tiny"]
 
 
-def test_a_run_set_aside_is_not_set_aside_again(trained, workplace):
+def test_an_old_folder_of_ones_own_is_left_alone(trained, workplace, monkeypatch):
+    """Whatever happens: an --overwrite that it is in the way of, a run that ends well, one that fails."""
+    old = workplace / "runs/synthetic-tiny.old/thesis.txt"
     shutil.copytree(trained / "runs/synthetic-tiny", workplace / "runs/synthetic-tiny")
-    (workplace / "runs/synthetic-tiny.old").mkdir()
-    refused(run("train.py", ONE_STEP + " --overwrite", workplace), "synthetic-tiny.old is in the way")
+    old.parent.mkdir()
+    old.write_text("mine")
+    refused(run("train.py", ONE_STEP + " --overwrite", workplace), "synthetic-tiny.old is there", "move it")
     assert checkpoint_of(workplace)["epoch"] == 4
+    shutil.rmtree(workplace / "runs/synthetic-tiny")
+    output_of("train.py", ONE_STEP, workplace)
+    shutil.rmtree(workplace / "runs/synthetic-tiny")
+    monkeypatch.setattr(losses, "triplet_loss", lambda *arguments: torch.tensor(float("nan"), requires_grad=True))
+    refused(run("train.py", ONE_STEP, workplace), "not finite")
+    assert old.read_text() == "mine" and not any((workplace / "runs/synthetic-tiny").iterdir())
+
+
+def test_a_run_set_aside_is_put_back_when_nothing_can_be_written(trained, workplace, monkeypatch):
+    """As on a full disk at args.json."""
+    shutil.copytree(trained / "runs/synthetic-tiny", workplace / "runs/synthetic-tiny")
+    before = {path.name: path.read_bytes() for path in (workplace / "runs/synthetic-tiny").iterdir()}
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Folder, "write_args", full)
+    refused(run("train.py", ONE_STEP + " --overwrite", workplace), "No space left")
+    assert {path.name: path.read_bytes() for path in (workplace / "runs/synthetic-tiny").iterdir()} == before
+    assert [path.name for path in (workplace / "runs").iterdir()] == ["synthetic-tiny"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [("--epochs 3", "has done 4 epochs already"), ("--overwrite", "give one of them"), ("best", "can be scored, not")],
+)
+def test_what_cannot_be_resumed(trained, workplace, flags, words):
+    shutil.copytree(trained / "runs", workplace / "runs")
+    if flags == "best":
+        flags = shutil.copy(workplace / "runs/synthetic-tiny/best.pt", workplace / "runs/synthetic-tiny/last.pt") and ""
+    refused(run("train.py", f"{FLAGS} --resume {flags}", workplace), words)
+
+
+@pytest.mark.parametrize("seconds, saves", [(1, 1), (61, 3)])
+def test_an_epoch_is_saved_when_a_minute_has_passed(workplace, monkeypatch, seconds, saves):
+    """Two epochs, never scored: at the end, and after each of them or none."""
+    clock, written = itertools.count(0, seconds), []
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(Folder, "save", lambda folder, value, name: written.append(name))
+    output_of(
+        "train.py",
+        FLAGS.replace("--epochs 4", "--epochs 2 --steps 1").replace("--eval-every 2", "--eval-every 0"),
+        workplace,
+    )
+    assert written == ["last.pt"] * len(written) and len(written) == saves
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+    """`nohup` ignores SIGHUP for its command."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_zeroed_bytes_in_a_checkpoint_are_noticed(trained, workplace):

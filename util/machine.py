@@ -104,9 +104,10 @@ def require_shared_memory(needed: int, advice: str) -> None:
 
 
 def leave_signals_to_trainer(worker: int) -> None:
-    """A loader process goes on at Ctrl-C and SIGTERM, which may reach it too, and ends when the script does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A loader process goes on at the signals that the script heeds, may they reach it too, and ends when it does."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -126,7 +127,7 @@ def processes_here() -> int:
 def require_gpus(args: argparse.Namespace) -> None:
     """ValueError if torchrun has started more processes than there are GPUs for."""
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    if processes_here() > max(gpus, 1):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes_here() > gpus:
         raise ValueError(f"training takes a GPU for each process: {processes_here()} processes, {gpus} GPUs")
 
 
@@ -134,7 +135,7 @@ def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
     if "LOCAL_RANK" not in os.environ:
         return
-    if args.device == "cuda":
+    if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
@@ -230,4 +231,5 @@ def exit_on_error(main: Callable[[], None]) -> None:
         main()
     except (OSError, ValueError) as error:
         # A loader process wraps its error into a traceback, whose last line is the message.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sys.exit("error: " + lines[-1].removeprefix(f"{type(error).__name__}: "))

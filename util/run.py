@@ -26,7 +26,7 @@ except ImportError:  # Windows has another
     fcntl = None
 
 CHECKPOINT_VERSION = 2
-# No weight of an epoch depends on these flags, so that a run may be resumed with others.
+# With other values of these flags a run may be resumed: none is of the method.
 FREE_FLAGS = ["data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every"]
 FREE_FLAGS += ["cache", "epochs", "eval_every"]
 PARTS = ("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png")  # what a run's folder holds
@@ -46,10 +46,7 @@ def write_whole(value: dict, path: Path) -> None:
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({one_line(error)}): make room and go on with --resume; "
-            "what was saved before is whole"
-        ) from error
+        raise OSError(f"cannot write {path} ({one_line(error)}): make room; what was there before is whole") from error
 
 
 def read_whole(path: Path) -> object:
@@ -78,6 +75,9 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(
             f"{path} is of version {checkpoint['version']}, this code reads {CHECKPOINT_VERSION}: train anew"
         )
+    missing = {"args", "model", "model_args", "train_digest", "epoch"} - checkpoint.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of train.py")
     return checkpoint
 
 
@@ -108,6 +108,10 @@ def find_run(args: argparse.Namespace) -> dict | None:
         return None
     last = args.output / "last.pt"
     checkpoint = load_checkpoint(last)
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{last} has no optimizer, as a best.pt has none: it can be scored, not resumed")
+    if args.epochs < checkpoint["epoch"]:
+        raise ValueError(f"{last} has done {checkpoint['epoch']} epochs already: give --epochs at least as many")
     for name, value in settings_of(args).items():
         before = checkpoint["args"].get(name)
         if name not in FREE_FLAGS and before != value:
@@ -120,41 +124,52 @@ class Folder:
     """The folder of a run, while training writes to it. Of several processes only the first one does anything.
 
     No second training may write to it. A run that is overwritten is set aside in NAME.old: it is deleted when the new
-    one's first checkpoint is whole, and put back if training fails before.
+    one's first checkpoint is whole, and put back if anything fails before.
 
-    Raises ValueError if another training has the folder, or if there is a NAME.old already.
+    Entering it raises ValueError if another training has it, or if a NAME.old is in the way.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.path = args.output
         self.old = self.path.resolve().with_name(self.path.resolve().name + ".old")
+        self.is_ours = False  # what lies in it is of this run
+        self.has_old = False  # another run is set aside
         self.is_saved = args.resume
 
     def __enter__(self) -> "Folder":
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.path)
-            if not self.is_saved:
-                self.set_aside()
-            self.write_args()
+            try:
+                if not self.is_saved:
+                    self.set_aside()
+                self.is_ours = True
+                self.write_args()
+            except BaseException as error:
+                self.__exit__(type(error))
+                raise
         return self
 
     def set_aside(self) -> None:
         """Moves the parts of another run to NAME.old."""
         parts = [name for name in PARTS if (self.path / name).exists()]
-        if parts and self.old.exists():
-            raise ValueError(f"{self.old} is in the way of the run that --overwrite sets aside there: move it")
+        if not parts:
+            return
+        if self.old.exists():
+            raise ValueError(f"{self.old} is there (set aside by an --overwrite that was cut off?): move it elsewhere")
+        self.old.mkdir()
+        self.has_old = True
         for name in parts:
-            self.old.mkdir(exist_ok=True)
             (self.path / name).rename(self.old / name)
 
     def save(self, value: dict, name: str) -> None:
         """`write_whole`; the first time, the run that was set aside is deleted."""
         if rank() == 0:
             write_whole(value, self.path / name)
-            if not self.is_saved:
-                shutil.rmtree(self.old, ignore_errors=True)
+            if self.has_old:
+                shutil.rmtree(self.old)
+            self.has_old = False
             self.is_saved = True
 
     def write_log(self, log: list[dict]) -> None:
@@ -181,19 +196,22 @@ class Folder:
     def __exit__(self, error, *details) -> None:
         if rank() > 0:
             return
-        if error and not self.is_saved:
+        if error and not self.is_saved and self.is_ours:
             for name in PARTS:
                 (self.path / name).unlink(missing_ok=True)
-            if self.old.exists():
-                for part in self.old.iterdir():
-                    part.rename(self.path / part.name)
-                self.old.rmdir()
+        if error and self.has_old:
+            for part in self.old.iterdir():
+                part.rename(self.path / part.name)
+            self.old.rmdir()
         if self.lock is not None:
             os.close(self.lock)
 
 
 def lock(folder: Path) -> int | None:
-    """An open folder that is this process's until it ends, where the system has such locks. ValueError if taken."""
+    """An open folder that is this process's, where the system has such locks. ValueError if another one has it.
+
+    It ends with the process and its loader processes, which outlive a killed one by some seconds.
+    """
     if fcntl is None:
         return None
     handle = os.open(folder, os.O_RDONLY)
@@ -211,7 +229,7 @@ def lock(folder: Path) -> int | None:
 
 
 class Stop:
-    """While it lasts, Ctrl-C, SIGTERM and SIGHUP ask to finish the step, save and end. A second one ends at once.
+    """While it lasts, Ctrl-C, SIGTERM and SIGHUP ask to finish the step, save and end. The same one again ends at once.
 
     A signal that is ignored stays so: `nohup` goes on when the terminal closes.
     """
