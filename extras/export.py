@@ -21,7 +21,9 @@ class ImageToFeature(nn.Module):
 
     def __init__(self, model: PromptSG):
         super().__init__()
-        self.visual, self.interaction, self.bnneck = model.clip.visual, model.interaction, model.bnneck
+        self.visual = model.clip.visual
+        self.interaction = model.interaction
+        self.bnneck = model.bnneck
         self.register_buffer("text", model.simplified_text)
         for name, values in (("mean", data.CLIP_MEAN), ("std", data.CLIP_STD)):
             self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))

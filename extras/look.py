@@ -118,7 +118,8 @@ def heat(picture: Tensor, attention: Tensor) -> Tensor:
     attention = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
     smooth = F.interpolate(attention.cpu()[None, None], TILE, mode="bicubic", align_corners=False)[0, 0]
     position = smooth.clamp(0, 1) * (len(HEAT) - 1)
-    colours, below = torch.tensor(HEAT).float(), position.long().clamp(max=len(HEAT) - 2)
+    colours = torch.tensor(HEAT).float()
+    below = position.long().clamp(max=len(HEAT) - 2)
     colour = colours[below].lerp(colours[below + 1], (position - below).unsqueeze(2)).permute(2, 0, 1)
     grey = v2.functional.rgb_to_grayscale(picture, num_output_channels=3)
     return (0.4 * grey + 0.6 * colour).to(torch.uint8)
