@@ -259,7 +259,7 @@ def test_a_run_set_aside_is_put_back_when_nothing_can_be_written(trained, workpl
 
 @pytest.mark.parametrize(
     "flags, words",
-    [("--epochs 3", "has done 4 epochs already"), ("--overwrite", "give one of them"), ("best", "can be scored, not")],
+    [("--epochs 3", "has begun 4 epochs already"), ("--overwrite", "give one of them"), ("best", "can be scored, not")],
 )
 def test_what_cannot_be_resumed(trained, workplace, flags, words):
     shutil.copytree(trained / "runs", workplace / "runs")

@@ -59,9 +59,8 @@ def check_machine_flags(args: argparse.Namespace) -> None:
     check_device(args)
     on_cpu = torch.device(args.device).type == "cpu"
     if args.workers is None:
-        args.workers = (
-            0 if on_cpu else min(8, count_cores() // processes_here())
-        )  # on a CPU they compete with the model
+        # On a CPU they would compete with the model.
+        args.workers = 0 if on_cpu else min(8, count_cores() // processes_here())
     if args.precision is None:
         args.precision = "fp32" if on_cpu else best_cuda_precision()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32

@@ -57,8 +57,10 @@ def read_whole(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both raise whatever they stumble over in a file that is not their own
         raise ValueError(f"{path} is damaged, or holds other things than tensors: get it again") from error
@@ -110,8 +112,9 @@ def find_run(args: argparse.Namespace) -> dict | None:
     checkpoint = load_checkpoint(last)
     if "optimizer" not in checkpoint:
         raise ValueError(f"{last} has no optimizer, as a best.pt has none: it can be scored, not resumed")
-    if args.epochs < checkpoint["epoch"]:
-        raise ValueError(f"{last} has done {checkpoint['epoch']} epochs already: give --epochs at least as many")
+    begun = checkpoint["epoch"] + bool(checkpoint["rows"])
+    if args.epochs < begun:
+        raise ValueError(f"{last} has begun {begun} epochs already: give --epochs at least as many")
     for name, value in settings_of(args).items():
         before = checkpoint["args"].get(name)
         if name not in FREE_FLAGS and before != value:
@@ -220,8 +223,8 @@ def lock(folder: Path) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise ValueError(f"another training is writing to {folder}: wait for it, or choose another --output") from error
-    except OSError:  # a file system without locks
-        return handle
+    except OSError:
+        pass  # a file system without locks
     return handle
 
 
