@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import clip
 from clip import CLIP, ResidualAttentionBlock, num_heads, tokenize, tokenizer
+from util import demo
 from util.machine import one_line
 
 COMPOSED_PROMPT = "A photo of a S* person"
@@ -212,22 +213,38 @@ def count_learnable(model: nn.Module) -> int:
 # ------------------------------------------------------------------------- from flags, and from a checkpoint
 
 
+def load_clip(args: argparse.Namespace) -> CLIP:
+    """CLIP with the weights that the flags ask for. Raises as `build_model` does."""
+    name, image_size = BACKBONES[args.backbone], tuple(args.image_size)
+    if args.clip_weights == "random":
+        print("WARNING: CLIP starts from RANDOM weights (--clip-weights random): the results will mean nothing")
+        return clip.untrained(name, image_size, args.seed)
+    if name == "tiny":
+        return tiny_clip(args)
+    clip_model = clip.load(args.clip_weights or name, image_size)
+    if isinstance(clip_model.visual, clip.VisionTransformer) != (name == "ViT-B/16"):
+        raise ValueError(f"--clip-weights {args.clip_weights} are not those of --backbone {args.backbone}")
+    return clip_model
+
+
+def tiny_clip(args: argparse.Namespace) -> CLIP:
+    """The demo's, which extras/pretrain.py has taught some words; the embeddings of all others are random."""
+    if args.clip_weights or tuple(args.image_size) != (128, 64):
+        raise ValueError("--backbone tiny has weights of its own, for 128x64 pixels: or give --clip-weights random")
+    clip_model = clip.untrained("tiny", tuple(args.image_size), args.seed)
+    weights, words = demo.read_tiny_clip()
+    embeddings = clip_model.token_embedding.weight.detach().clone()
+    embeddings[words] = weights["token_embedding.weight"].float()
+    clip_model.load_state_dict({**weights, "token_embedding.weight": embeddings})
+    return clip_model
+
+
 def build_model(args: argparse.Namespace, num_identities: int) -> PromptSG:
     """CLIP with its weights, and PromptSG around it, new modules initialised from the seed.
 
     args: train.py's flags. Raises ValueError if the weights are not those of --backbone, and what `clip.load` raises.
     """
-    name = BACKBONES[args.backbone]
-    if name == "tiny" and args.clip_weights not in (None, "random"):
-        raise ValueError("--backbone tiny has random weights: drop --clip-weights")
-    if name == "tiny" or args.clip_weights == "random":
-        clip_model = clip.untrained(name, tuple(args.image_size), args.seed)
-        if name != "tiny":
-            print("WARNING: CLIP starts from RANDOM weights (--clip-weights random): the results will mean nothing")
-    else:
-        clip_model = clip.load(args.clip_weights or name, tuple(args.image_size))
-        if isinstance(clip_model.visual, clip.VisionTransformer) != (name == "ViT-B/16"):
-            raise ValueError(f"--clip-weights {args.clip_weights} are not those of --backbone {args.backbone}")
+    clip_model = load_clip(args)
     torch.manual_seed(args.seed)
     return PromptSG(
         clip_model,

@@ -1,7 +1,7 @@
-"""The demo's people: drawn with Pillow, deterministic from a seed, with masks of where the person is visible.
+"""The demo's people: drawn with Pillow, deterministic from a seed, with masks of where the person is visible, and words.
 
 An identity is clothes, colours, pattern, build, hat and bag; a camera is a place, a light and a distance; a picture
-is a pose, a position, something in front and noise.
+is a pose, a position, something in front and noise. `extras/pretrain.py` made the CLIP that knows some words for them.
 """
 
 import math
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
 
 CLOTHES = {
     "white": (225, 222, 214), "black": (38, 38, 44), "grey": (128, 130, 134), "red": (180, 44, 48),
     "blue": (48, 84, 168), "green": (44, 126, 70), "yellow": (222, 190, 50), "brown": (104, 66, 40),
     "orange": (230, 120, 40), "pink": (226, 130, 170), "purple": (110, 62, 140), "turquoise": (60, 176, 180),
 }  # fmt: skip
+COLOURS = {rgb: name for name, rgb in CLOTHES.items()}
 SKIN = ((244, 208, 178), (214, 164, 124), (156, 106, 74), (96, 64, 46))
 HAIR = ((34, 28, 26), (92, 60, 36), (186, 148, 88), (150, 148, 146))
 
@@ -63,6 +66,26 @@ def random_person(rng: random.Random) -> Person:
         bag_colour=colour(),
         build=rng.uniform(0.85, 1.2),
     )
+
+
+def person_of(pid: int, seed: int = 0) -> Person:
+    """Who an identity of `draw_dataset` is."""
+    return random_person(random.Random(f"{seed} person {pid}"))
+
+
+def describe(person: Person) -> dict[str, str]:
+    """What words say of a person: "top", "legs", and "hat" and "bag" where there is one."""
+    words = {"top": f"{COLOURS[person.top]} top", "legs": f"{COLOURS[person.bottom]} {person.legwear}"}
+    if person.hat:
+        words["hat"] = "a hat"
+    if person.bag != "none":
+        words["bag"] = "a bag"
+    return words
+
+
+def sentence(*words: str) -> str:
+    """A caption: "A photo of a person with red top, a bag"."""
+    return "A photo of a person" + (" with " + ", ".join(words) if words else "")
 
 
 def draw_person(person: Person, rng: random.Random) -> Image.Image:
@@ -153,18 +176,22 @@ def draw_background(camera: int, rng: random.Random) -> Image.Image:
     return picture
 
 
-def draw_sample(person: Person, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """One picture of a person by a camera, RGB, and where the person is visible, L (0 or 255); both 128 x 256."""
+def draw_sample(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """One picture by a camera, RGB, of a person or of nobody, and where the person is visible, L (0 or 255).
+
+    Both are 128 x 256.
+    """
     view = random.Random(f"view {camera}")
     gains = [view.uniform(0.94, 1.06) for _ in range(3)]
     light, distance = view.uniform(0.85, 1.05), view.uniform(0.86, 0.98)
     picture, mask = draw_background(camera, rng), Image.new("L", (256, 512))
-    scale = distance * rng.uniform(0.95, 1.05)
-    figure = draw_person(person, rng).resize((round(256 * scale), round(512 * scale)), Image.Resampling.BILINEAR)
-    x = (256 - figure.width) // 2 + rng.randint(-16, 16)
-    y = (512 - figure.height) // 2 + rng.randint(-14, 14)
-    picture.paste(figure, (x, y), figure)
-    mask.paste(255, (x, y), figure.getchannel("A"))
+    if person:
+        scale = distance * rng.uniform(0.95, 1.05)
+        figure = draw_person(person, rng).resize((round(256 * scale), round(512 * scale)), Image.Resampling.BILINEAR)
+        x = (256 - figure.width) // 2 + rng.randint(-16, 16)
+        y = (512 - figure.height) // 2 + rng.randint(-14, 14)
+        picture.paste(figure, (x, y), figure)
+        mask.paste(255, (x, y), figure.getchannel("A"))
     if rng.random() < 0.2:  # something in front: a post, or a box from below
         if rng.random() < 0.5:
             left = rng.randint(20, 200)
@@ -210,7 +237,7 @@ def draw_dataset(
             mask.save(unfinished / "masks" / f"{name}.png")
 
         for pid in range(1, train_ids + test_ids + 1):
-            person = random_person(random.Random(f"{seed} person {pid}"))
+            person = person_of(pid, seed)
             for number in range(pictures):
                 test_subset = "query" if number < cameras else "gallery"
                 save(pid, number, person, subsets["train" if pid <= train_ids else test_subset])
@@ -218,3 +245,17 @@ def draw_dataset(
             save(0, number, random_person(random.Random(f"{seed} distractor {number}")), subsets["gallery"])
         if not folder.exists():
             unfinished.rename(folder)
+
+
+# ----------------------------------------------------------------------------------- the CLIP that knows words
+
+TINY_CLIP = Path(__file__).with_name("tiny-clip.pt")
+
+
+def read_tiny_clip() -> tuple[dict[str, Tensor], Tensor]:
+    """Weights in half precision, made by extras/pretrain.py, and the ids (N,) of the words that it has seen.
+
+    The rows of "token_embedding.weight" are these words', and its positions are those of 128x64 pixels.
+    """
+    saved = torch.load(TINY_CLIP, map_location="cpu", weights_only=True)
+    return saved["model"], saved["words"]

@@ -182,19 +182,8 @@ class Folder:
 
     def write_args(self) -> None:
         """args.json: the flags, and what they ran on."""
-        commit = None
-        if shutil.which("git"):
-            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-        about = {
-            "command": shlex.join(sys.argv),
-            "commit": commit,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
-            "processor": torch.cuda.get_device_name() if self.args.device.startswith("cuda") else platform.machine(),
-        }
-        (self.path / "args.json").write_text(json.dumps({**settings_of(self.args), **about}, indent=2) + "\n")
+        about = {**settings_of(self.args), **provenance(self.args.device)}
+        (self.path / "args.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def __exit__(self, error, *details) -> None:
         if rank() > 0:
@@ -208,6 +197,22 @@ class Folder:
             self.old.rmdir()
         if self.lock is not None:
             os.close(self.lock)
+
+
+def provenance(device: str) -> dict[str, str | None]:
+    """What a result was made with: command, commit, versions, processor."""
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
+        "processor": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+    }
 
 
 def lock(folder: Path) -> int | None:
