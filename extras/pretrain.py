@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  {name}: {value:.1%} right")
     print(f"  temperature: {1 / model.logit_scale.exp().item():.3f}")
     weights, words = pack(model, captions)
-    settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
-    about = {**settings, **provenance("cpu"), "zero-shot": figures}
+    about = {**vars(args), **provenance("cpu"), "zero-shot": figures}
+    del about["output"], about["command"]  # paths of this machine
     write_whole({"model": weights, "words": words, "about": about}, args.output)
     print(f"written to {args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {len(words)} words")
 
