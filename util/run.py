@@ -209,7 +209,7 @@ def provenance(device: str) -> dict[str, str | None]:
         "command": shlex.join(sys.argv),
         "commit": commit,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
         "processor": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
     }
