@@ -27,7 +27,7 @@ from util.run import CHECKPOINT_VERSION, Folder, Stop, find_run, settings_of
 
 TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # for a picture of 256x128, as tests/benchmark.py counts it
 # The demo's, in the paper's proportions: the encoder learns at a tenth of the new modules' rate, and one decay.
-TINY_DEFAULTS = {"epochs": 24, "decay_every": 18, "lr_visual": 1e-4, "lr_new": 1e-3, "image_size": [128, 64]}
+TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": [128, 64]}
 
 
 # -------------------------------------------------------------------------------------------- the update
@@ -268,13 +268,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
 
     add = parser.add_argument_group("section 5.1").add_argument
-    add("--epochs", type=int, default=60, metavar="N", help="(60; tiny 24)")
+    add("--epochs", type=int, default=60, metavar="N", help="(60; tiny 16)")
     add("--batch-ids", type=int, default=16, metavar="N", help="identities in a batch (16)")
     add("--batch-images", type=int, default=4, metavar="N", help="images of each of them (4)")
     add("--image-size", type=int, nargs=2, default=[256, 128], metavar=("H", "W"), help="(256 128; tiny 128 64)")
-    add("--lr-visual", type=float, default=5e-6, metavar="X", help="of the visual encoder (5e-6; tiny 1e-4)")
-    add("--lr-new", type=float, default=5e-5, metavar="X", help="of the new modules (5e-5; tiny 1e-3)")
-    add("--decay-every", type=int, default=20, metavar="N", help="epochs between two decays (20; tiny 18)")
+    add("--lr-visual", type=float, default=5e-6, metavar="X", help="of the visual encoder (5e-6; tiny 2e-4)")
+    add("--lr-new", type=float, default=5e-5, metavar="X", help="of the new modules (5e-5; tiny 2e-3)")
+    add("--decay-every", type=int, default=20, metavar="N", help="epochs between two decays (20; tiny 12)")
     add("--decay-factor", type=float, default=0.1, metavar="X", help="of both learning rates (0.1)")
     add("--supcon-weight", type=float, default=0.5, metavar="X", help="lambda of Eq. 10 (0.5)")
     add("--composed-prompt", metavar="TEXT", default=COMPOSED_PROMPT, help="section 4.1 (%(default)s)")

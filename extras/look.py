@@ -7,6 +7,7 @@ On the demo, whose masks say where the person is, it also measures how much of t
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,27 +70,26 @@ def person_shares(dataset: data.Dataset, samples: list[data.Sample], grid: tuple
     return F.adaptive_avg_pool2d(masks / 255, grid).flatten(1)
 
 
-def attention_inside(
-    model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Namespace
-) -> tuple[float, ...]:
-    """On the demo's queries: the share of the patches' attention that lies on the person, how often its peak does, and
-    what attention spread evenly would reach of the first.
+def inside_and_peak(maps: Tensor, inside: Tensor) -> tuple[float, float]:
+    """Maps over the patches (N, M), the share of each patch that counts (N, M): the share of the maps that lies there,
+    and how often their peak does (the pointing game).
     """
-    inside = person_shares(dataset, dataset.query, model.clip.grid).to(args.device)
-    attention = evaluate.extract(lambda images: model.attention_map(images, prompt), dataset.query, args)[:, 1:]
-    share = (attention * inside).sum(dim=1) / attention.sum(dim=1)
-    peak = inside.gather(1, attention.argmax(dim=1, keepdim=True)) >= 0.5
-    return share.mean().item(), peak.float().mean().item(), inside.mean().item()
+    share = (maps * inside).sum(dim=1) / maps.sum(dim=1)
+    peak = inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5
+    return share.mean().item(), peak.float().mean().item()
 
 
 def print_attention_inside(models: dict[str, PromptSG], dataset: data.Dataset, args: argparse.Namespace) -> None:
-    """`attention_inside` of each model and prompt, for people."""
+    """Of each model and prompt: how much of the attention on the patches of the demo's queries lies on the person."""
+    grid = next(iter(models.values())).clip.grid
+    inside = person_shares(dataset, dataset.query, grid).to(args.device)
     for name, model in models.items():
         for prompt in ("simplified", "composed") if model.inversion else ("simplified",):
-            share, peak, area = attention_inside(model, dataset, prompt, args)
+            attend = functools.partial(model.attention_map, prompt=prompt)
+            share, peak = inside_and_peak(evaluate.extract(attend, dataset.query, args)[:, 1:], inside)
             print(
                 f"attention on the person, {name}, {prompt} prompt: {share:.1%} of it, "
-                f"its peak in {peak:.1%} of the pictures (the person is {area:.1%} of a picture)"
+                f"its peak in {peak:.1%} of the pictures (the person is {inside.mean():.1%} of a picture)"
             )
 
 

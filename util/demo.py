@@ -1,7 +1,7 @@
-"""The demo's people: drawn with Pillow, deterministic from a seed, with masks of where the person is visible, and words.
+"""The demo's people: drawn with Pillow, deterministic from a seed, with masks of where the person is visible.
 
 An identity is clothes, colours, pattern, build, hat and bag; a camera is a place, a light and a distance; a picture
-is a pose, a position, something in front and noise. `extras/pretrain.py` made the CLIP that knows some words for them.
+is a pose, a position, something in front and noise. For what people wear there are words, and a CLIP that knows them.
 """
 
 import math
