@@ -236,9 +236,9 @@ def draw_part(person: Person, part: str, camera: int, rng: random.Random) -> Ima
 
     The scene once more, the part white and the rest of the person black.
     """
-    black = dict.fromkeys(("skin", "hair", "shoes", *(colour for names in PARTS.values() for colour in names)), (0,) * 3)
-    painted = person._replace(**black | dict.fromkeys(PARTS[part], (255,) * 3))
-    _, visible = draw_scene(painted if person.hat else painted._replace(hat=None), camera, rng)
+    names = ("skin", "hair", "hat", "top", "pattern_colour", "bottom", "shoes", "bag_colour")
+    colours = {name: (255,) * 3 if name in PARTS[part] else (0,) * 3 for name in names if getattr(person, name)}
+    _, visible = draw_scene(person._replace(**colours), camera, rng)
     mask = Image.new("L", visible.size)
     mask.paste(visible.convert("L"), mask=visible)
     return mask.resize((128, 256), Image.Resampling.NEAREST)
