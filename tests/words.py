@@ -179,9 +179,8 @@ def print_row(*cells: str) -> None:
 
 def print_tables(found: dict[str, list[dict]]) -> None:
     """Of each row's name, what was measured with each seed."""
-    print(
-        "\nWhere the words are: share on the part / peak on it\n\n| map | top | legs | hat | bag |\n|---|---|---|---|---|"
-    )
+    print("\nWhere the words are: share on the part / peak on it\n")
+    print("| map | top | legs | hat | bag |\n|---|---|---|---|---|")
     maps = {"words": "its words", "person": '"A photo of a person"', "attention": "its words, the module's attention"}
     some = next(iter(found.values()))
     print_row("chance: its share of the patches", *(pair([x["where"]["chance", p] for x in some]) for p in demo.PARTS))
