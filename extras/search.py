@@ -29,7 +29,7 @@ def draw_search(head: list[Tensor], samples: list[data.Sample], similarity: Tens
     tiles = list(head)
     for value, n in zip(*(column.tolist() for column in similarity.topk(min(10, len(similarity))))):
         print(f"{value:.3f}  {samples[n].path}")
-        tiles.append(tile(data.read_picture(samples[n].path, TILE), f"{value:.2f}: {samples[n].path.stem}"))
+        tiles.append(tile(data.read_picture(samples[n].path, TILE), f"{samples[n].path.stem}: {value:.2f}"))
     look.save_sheets([tiles], stem)
 
 

@@ -3,6 +3,7 @@
 Of three rows of tests/ablation.py, whose runs it takes, or trains: the tables of docs/look.md.
 """
 
+import functools
 import random
 from typing import NamedTuple
 
@@ -32,14 +33,12 @@ def to_images(pictures: list, size: tuple[int, int]) -> Tensor:
 # ------------------------------------------------------------------------------------------ where the words are
 
 
-def part_shares(samples: list[data.Sample], part: str, draw_seed: int, grid: tuple[int, int]) -> Tensor:
-    """The share of each patch that shows a part: (N, M)"""
-    masks = []
-    for sample in samples:
-        numbers = demo.picture_numbers(sample.pid, int(sample.path.stem.split("_")[2]), draw_seed)
-        mask = demo.draw_part(demo.person_of(sample.pid, draw_seed), part, sample.camid, numbers)
-        masks.append(v2.functional.pil_to_tensor(mask) / 255)
-    return F.adaptive_avg_pool2d(torch.stack(masks), grid).flatten(1)
+@functools.cache
+def part_mask(sample: data.Sample, part: str, draw_seed: int) -> Tensor:
+    """Where a part is visible: (1, 256, 128)"""
+    numbers = demo.picture_numbers(sample.pid, int(sample.path.stem.split("_")[2]), draw_seed)
+    mask = demo.draw_part(demo.person_of(sample.pid, draw_seed), part, sample.camid, numbers)
+    return v2.functional.pil_to_tensor(mask) / 255
 
 
 def where_words_are(model: PromptSG, samples: list[data.Sample], draw_seed: int, args: Arguments) -> dict:
@@ -50,7 +49,8 @@ def where_words_are(model: PromptSG, samples: list[data.Sample], draw_seed: int,
     found = {}
     for part in demo.PARTS:
         wearers = [s for s in samples if part in demo.describe(demo.person_of(s.pid, draw_seed))]
-        inside = part_shares(wearers, part, draw_seed, model.clip.grid)
+        masks = torch.stack([part_mask(sample, part, draw_seed) for sample in wearers])
+        inside = F.adaptive_avg_pool2d(masks, model.clip.grid).flatten(1)
         wearers = [sample for sample, is_visible in zip(wearers, inside.any(dim=1)) if is_visible]
         inside = inside[inside.any(dim=1)].to(args.device)
         relative = inside / inside.max(dim=1, keepdim=True).values
@@ -104,6 +104,7 @@ class Change(NamedTuple):
     words: str  # for what has changed
 
 
+@functools.cache
 def change(pid: int, draw_seed: int) -> Change:
     """Of a test person, drawn anew."""
     rng, person = random.Random(f"{draw_seed} change {pid}"), demo.person_of(pid, draw_seed)
