@@ -303,26 +303,28 @@ def draw_pseudo_words(model: PromptSG, samples: list[data.Sample], args: argpars
     save_sheets(drawing, args.output / "s-star")
 
 
-def load_columns(args: argparse.Namespace) -> dict[str, tuple[PromptSG, argparse.Namespace]]:
-    """Figure 4's models by name, each with its settings: CLIP as the first run found it, and the runs."""
-    columns = {}
+def load_columns(args: argparse.Namespace) -> list[tuple[str, PromptSG, argparse.Namespace]]:
+    """Figure 4's models, each with its name and its settings: CLIP as the first run found it, and the runs."""
+    columns = []
     for run in args.figure_4:
         own = argparse.Namespace(**vars(args))
         own.checkpoint = run / "last.pt" if run.is_dir() else run
         model, settings = evaluate.load_run(own)
         if not columns:
             original = build_model(argparse.Namespace(**{**settings, "baseline": True}), 1).to(args.device).eval()
-            columns["original"] = original, argparse.Namespace(**{**vars(own), "prompt": "simplified"})
-        columns[run.name if run.is_dir() else f"{run.parent.name}/{run.stem}"] = model, own
+            columns.append(("original", original, argparse.Namespace(**{**vars(own), "prompt": "simplified"})))
+        columns.append((run.name if run.is_dir() else f"{run.parent.name}/{run.stem}", model, own))
     return columns
 
 
 def choose_people(samples: list[data.Sample], count: int) -> list[data.Sample]:
-    """A picture each of so many people at random, of those who have several."""
+    """A picture each of so many people at random, of those who have several. ValueError if nobody has."""
     rng, pictures = random.Random(0), defaultdict(list)
     for sample in samples:
         pictures[sample.pid].append(sample)
     people = [pid for pid in sorted(pictures) if len(pictures[pid]) > 1]
+    if not people:
+        raise ValueError("nobody in this dataset has several pictures, so there is nothing to compare")
     return [rng.choice(pictures[pid]) for pid in rng.sample(people, min(count, len(people)))]
 
 
@@ -332,7 +334,7 @@ def draw_figure_4(args: argparse.Namespace) -> None:
     On the demo, how much of it is on the person.
     """
     columns = load_columns(args)
-    dataset = data.load_dataset(columns["original"][1].dataset, args.data_root)
+    dataset = data.load_dataset(columns[0][2].dataset, args.data_root)
     test = dataset.query + dataset.gallery
     known = {sample.pid for sample in dataset.query}  # the gallery may hold distractors
     gallery = [sample for sample in dataset.gallery if sample.pid in known]
@@ -341,13 +343,13 @@ def draw_figure_4(args: argparse.Namespace) -> None:
         samples = choose_people(candidates, (args.count + 1) // 2)
         pictures = [data.read_picture(sample.path, TILE) for sample in samples]
         half = [[tile(picture, f"{name} person")] for picture in pictures]
-        for column, (model, own) in columns.items():
+        for column, model, own in columns:
             for row, picture, patches in zip(half, pictures, identity_relevance(model, samples, pool, own)):
                 row.append(tile(heat(picture, patches.view(model.clip.grid)), column))
         halves.append(half)
     print(f"{len(halves[0])} training people and {len(halves[1])} gallery people, chosen at random (seed 0)")
     save_sheets([left + right for left, right in zip(*halves)], args.output / "figure-4")
-    for column, (model, own) in columns.items() if dataset.name == "synthetic" else ():
+    for column, model, own in columns if dataset.name == "synthetic" else []:
         inside = person_shares(dataset, dataset.query, model.clip.grid).to(args.device)
         share, peak = inside_and_peak(identity_relevance(model, dataset.query, test, own), inside)
         print(describe_inside(f"relevance on the person, {column}", share, peak, inside))
@@ -445,13 +447,14 @@ def look_at_dataset(model: PromptSG, settings: dict, args: argparse.Namespace) -
 
 
 def look_at_words(model: PromptSG, args: argparse.Namespace) -> None:
-    """--words or --s-star, of --images or of a picture each of some people of the dataset, chosen at random."""
+    """--words or --s-star, of --images or of some queries of the dataset, chosen at random."""
     if args.s_star is not None and not model.inversion:
         raise ValueError("--s-star needs the inversion network, and this model was trained without one")
     if args.images:
         samples = find_pictures(args.images)
     else:
-        samples = choose_people(data.load_dataset(args.dataset, args.data_root).query, args.count)
+        query = data.load_dataset(args.dataset, args.data_root).query
+        samples = random.Random(0).sample(query, min(args.count, len(query)))
     (draw_words if args.words else draw_pseudo_words)(model, samples, args)
 
 

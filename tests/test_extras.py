@@ -282,7 +282,8 @@ def test_people_are_chosen_one_picture_each(demo_root):
     chosen = look.choose_people(dataset.train, 5)
     assert len({sample.pid for sample in chosen}) == 5 and chosen == look.choose_people(dataset.train, 5)
     assert len(look.choose_people(dataset.train, 99)) == 20
-    assert look.choose_people(dataset.train[:1], 5) == []  # nobody to compare with
+    with pytest.raises(ValueError, match="nobody in this dataset has several pictures"):
+        look.choose_people(dataset.train[:1], 5)
 
 
 def test_look_shows_words_and_says_what_s_star_is(trained):
