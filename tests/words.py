@@ -63,7 +63,9 @@ def where_words_are(model: PromptSG, samples: list[data.Sample], draw_seed: int,
         }
         if model.interaction:
             with torch.no_grad():
-                maps["attention"] = model.interaction.attention_map(texts, model.clip.encode_image(images).tokens)
+                tokens = model.clip.encode_image(images).tokens
+                maps["attention"] = model.interaction.attention_map(texts, tokens)
+                maps["attention, person"] = model.interaction.attention_map(model.simplified_text, tokens)
         for name, tokens in maps.items():
             share, _ = look.inside_and_peak(tokens[:, 1:], inside)
             _, peak = look.inside_and_peak(tokens[:, 1:], relative)
@@ -191,7 +193,8 @@ def print_tables(found: dict[str, list[dict]]) -> None:
     """Of each row's name, what was measured with each seed."""
     print("\nWhere the words are: share on the part / peak on it\n")
     print("| map | top | legs | hat | bag |\n|---|---|---|---|---|")
-    maps = {"words": "its words", "person": '"A photo of a person"', "attention": "its words, the module's attention"}
+    maps = {"words": "its words", "person": '"A photo of a person"', "attention": "the module's attention, its words"}
+    maps["attention, person"] = 'the module\'s attention, "A photo of a person"'
     some = next(iter(found.values()))
     print_row("chance: its share of the patches", *(pair([x["where"]["chance", p] for x in some]) for p in demo.PARTS))
     for name, runs in found.items():
