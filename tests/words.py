@@ -14,6 +14,7 @@ from experiment import DRAWING, Arguments, Row, cell, make_parser, text_to_pictu
 from torch import Tensor
 from torchvision.transforms import v2
 
+import clip
 import data
 import evaluate
 from extras import look
@@ -54,7 +55,9 @@ def where_words_are(model: PromptSG, samples: list[data.Sample], draw_seed: int,
         wearers = [sample for sample, is_visible in zip(wearers, inside.any(dim=1)) if is_visible]
         inside = inside[inside.any(dim=1)].to(args.device)
         relative = inside / inside.max(dim=1, keepdim=True).values
-        texts = look.encode_words(model, [demo.describe(demo.person_of(s.pid, draw_seed))[part] for s in wearers])
+        words = [demo.describe(demo.person_of(sample.pid, draw_seed))[part] for sample in wearers]
+        with torch.no_grad():  # as they are, for the module, to which their length matters
+            texts = model.clip.encode_text(clip.tokenize([demo.sentence(word) for word in words]).to(args.device))
         images = next(iter(data.test_loader(wearers, args.image_size, len(wearers), 0)))[0]
         images = data.normalize(images.to(args.device))
         maps = {
