@@ -277,7 +277,7 @@ def crowded(trained, tmp_path_factory):
         ("evaluate.py", "--json nowhere/score.json", "there is no folder nowhere"),
         ("evaluate.py", "--features nowhere/x.npz", "there is no folder nowhere"),
         ("evaluate.py", "--rerank 20", "--rerank takes k1 and k2"),
-        ("extras/search.py", "--images .", "give --query PICTURE or --features FILE.npz"),
+        ("extras/search.py", "--images .", "give --query PICTURE, --words WORDS or --features FILE.npz"),
         ("extras/search.py", "--images nowhere.jpg --features x.npz", "cannot read the picture nowhere.jpg"),
         ("extras/search.py", "--images empty --features x.npz", "no pictures in empty"),
         ("extras/search.py", "--images . --features nowhere/x.npz", "there is no folder nowhere"),
