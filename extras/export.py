@@ -14,6 +14,7 @@ import data
 import evaluate
 from model import PromptSG
 from util import machine
+from util.run import writing
 
 
 class ImageToFeature(nn.Module):
@@ -29,7 +30,8 @@ class ImageToFeature(nn.Module):
             self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB uint8 (B, 3, H, W) -> L2-normalised features (B, D)"""
+        """RGB uint8 (B, 3, H, W) -> L2-normalised features (B, D). Floats, which would be from 0 to 1, raise an error."""
+        images = images.bitwise_and(255)  # changes nothing, and refuses floats
         tokens = self.visual((images / 255 - self.mean) / self.std).tokens
         z = self.interaction(self.text, tokens) if self.interaction else tokens[:, 0]
         return F.normalize(self.bnneck(z), dim=1)
@@ -45,7 +47,8 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
     few, more = (torch.randint(0, 256, (B, 3, *image_size), dtype=torch.uint8, device=device) for B in (2, 5))
     batch = torch.export.Dim("batch", max=2**16)
     program = torch.export.export(ImageToFeature(model).eval(), (few,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
+    with writing(path) as unfinished:
+        torch.export.save(program, unfinished)
     reloaded = torch.export.load(path).module()
     difference = (reloaded(more) - model.embed(data.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
@@ -53,7 +56,7 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
         raise ValueError(f"{path} differs from the model by {difference:.1e}: do not use it, and please report this")
     height, width = image_size
     print(
-        f"exported to {path}: RGB uint8 (B, 3, {height}, {width}) -> (B, {len(model.bnneck.weight)}); "
+        f"exported to {path}: RGB uint8 (B, 3, {height}, {width}), no floats -> (B, {len(model.bnneck.weight)}); "
         f"differs from the model by {difference:.0e}; use it: torch.export.load({str(path)!r}).module()"
     )
 
@@ -71,8 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
+    machine.check_output("--output", args.output, ".pt2")
     machine.check_device(args)
     model, _ = evaluate.load_run(args)
     export(model, args.image_size, args.output)

@@ -154,8 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
+    machine.check_output("--output", args.output, ".pt")
     if min(args.batch - 1, args.epochs, args.pictures // args.batch) < 1:
         raise ValueError("--epochs must be at least 1, --batch at least 2, and --pictures at least one batch")
     pictures, captions = Drawings(args.pictures, args.seed).draw()
