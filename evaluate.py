@@ -244,7 +244,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("evaluate.py", "Score a trained PromptSG.")
     add = parser.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the scores there, too")
+    add("--json", type=Path, metavar="FILE.json", help="write the scores there, too")
     add("--features", type=Path, metavar="FILE.npz", help="write the features of query and gallery there")
     add("--rerank", type=int, nargs="*", metavar="K", help="score again, k-reciprocal re-ranking with k1 and k2 (20 6)")
     add_checkpoint_flags(parser)

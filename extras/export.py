@@ -30,7 +30,7 @@ class ImageToFeature(nn.Module):
             self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB uint8 (B, 3, H, W) -> L2-normalised features (B, D). Floats, which would be from 0 to 1, raise an error."""
+        """RGB uint8 (B, 3, H, W) -> L2-normalised features (B, D). NotImplementedError for floats."""
         images = images.bitwise_and(255)  # changes nothing, and refuses floats
         tokens = self.visual((images / 255 - self.mean) / self.std).tokens
         z = self.interaction(self.text, tokens) if self.interaction else tokens[:, 0]
