@@ -176,10 +176,13 @@ class PromptSG(nn.Module):
     def embed(self, images: Tensor, prompt: str = "composed") -> Tensor:
         """Retrieval features: normalised images (B, 3, H, W) -> (B, D) of length 1. For a model in eval mode.
 
-        prompt: "composed" (accurate) or "simplified" (fast: its text feature is a constant).
+        prompt: "composed" (accurate), "simplified" (fast: its text feature is a constant), or "none": v, CLIP's own
+            embedding, in place of BN(z).
         Raises ValueError if it is another, or "composed" without an inversion network.
         """
         features = self.clip.encode_image(images)
+        if prompt == "none":
+            return F.normalize(features.embedding, dim=1)
         text = self.text_feature(features.embedding, prompt)
         return F.normalize(self.bnneck(self.interact(features.tokens, text)), dim=1)
 
@@ -191,7 +194,7 @@ class PromptSG(nn.Module):
     def text_feature(self, image: Tensor, prompt: str) -> Tensor:
         """The text embedding to interact with: (B, D) for visual embeddings (B, D); simplified prompt: (1, D)."""
         if prompt not in ("composed", "simplified"):
-            raise ValueError(f"prompt {prompt!r} does not exist: use 'composed' or 'simplified'")
+            raise ValueError(f"prompt {prompt!r} does not exist: use 'composed', 'simplified' or 'none'")
         if prompt == "composed" and self.inversion is None:
             raise ValueError("this model was trained without an inversion network: use the simplified prompt")
         if prompt == "composed" and self.interaction:  # without the module no text is used
@@ -228,9 +231,10 @@ def load_clip(args: argparse.Namespace) -> CLIP:
 
 
 def tiny_clip(args: argparse.Namespace) -> CLIP:
-    """The demo's, which extras/pretrain.py has taught some words; the embeddings of all others are random."""
-    if args.clip_weights or tuple(args.image_size) != (128, 64):
-        raise ValueError("--backbone tiny has weights of its own, for 128x64 pixels: or give --clip-weights random")
+    """The demo's, which extras/pretrain.py has taught some words; the embeddings of all others are random.
+
+    Its weights are for 128x64 pixels.
+    """
     clip_model = clip.untrained("tiny", tuple(args.image_size), args.seed)
     weights, words = demo.read_tiny_clip()
     embeddings = clip_model.token_embedding.weight.detach().clone()

@@ -237,11 +237,16 @@ def print_line(run: Run, steps: int, seconds_a_step: float) -> None:
 
 
 def validate(run: Run, dataset: data.Dataset) -> None:
-    """Scores the test split with the prompt trained with: prints it, adds it to the log, keeps the best model."""
+    """Scores the test split with the prompt trained with: prints it, adds it to the log, keeps the best model.
+
+    Before training, when the new modules are random, it scores CLIP's own embedding v.
+    """
     prompt = "composed" if run.model.inversion else "simplified"
+    name = f"epoch {run.epoch}, {prompt} prompt"
+    if run.epoch == 0:
+        prompt, name = "none", "before training, CLIP alone"
     result = evaluate.score(run.model, dataset, prompt, run.args)
-    name = f"epoch {run.epoch}" if run.epoch else "untrained"
-    machine.say(f"{name}, {prompt} prompt: {evaluate.describe(result)}")
+    machine.say(f"{name}: {evaluate.describe(result)}")
     run.log = run.log or [{"epoch": 0}]
     run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"], "dataset_version": dataset.version}
     run.folder.write_log(run.log)
@@ -324,6 +329,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with a run, --overwrite starts anew: give one of them")
     if min(args.image_size) <= 0:
         raise ValueError("--image-size must be more than 0")
+    own_weights = args.backbone == "tiny" and args.clip_weights != "random"
+    if own_weights and (args.clip_weights or args.image_size != TINY_DEFAULTS["image_size"]):
+        raise ValueError("--backbone tiny has weights of its own, for 128x64 pixels: or give --clip-weights random")
     if args.label_smoothing >= 1:
         raise ValueError("--label-smoothing must be less than 1")
     composes = args.train_prompt == "composed"

@@ -80,7 +80,7 @@ def varied(rows: list[Row], more: str = "", **changes) -> list[Row]:
 
 # Every table: rows, of which "full" is the one that the others are compared with.
 TABLES = {
-    "tables": [
+    "parts": [
         Row("CLIP before any training", f"--baseline {UNTRAINED}", "simplified"),
         Row("full, before any training", UNTRAINED),
         *MAIN,
@@ -92,12 +92,18 @@ TABLES = {
         Row("lambda 0.1", "--supcon-weight 0.1"),
         Row("lambda 2", "--supcon-weight 2"),
     ],
-    "controls": [
+    "query": [
         FULL,
         Row('query: always "A photo of a person"', patch=ConstantQuery),
         Row("query: composed for another identity", patch=OthersQuery),
         Row("query: a learned vector", patch=LearnedQuery),
         Row("SupCon between pictures, learned query: no text", patch=PicturesOnly),
+    ],
+    "full model": [
+        FULL,
+        FULL._replace(name="full, text encoder random: language that knows nothing", pretrained="visual"),
+        FULL._replace(name="full, visual encoder random", pretrained="text"),
+        FULL._replace(name="full, both random", pretrained="none"),
     ],
     "both pre-trained": MAIN,
     "only visual pre-trained": varied(MAIN, pretrained="visual"),

@@ -38,6 +38,7 @@ from util.run import load_checkpoint  # noqa: E402
 
 UNPATCHED = models.PromptSG
 DRAWING = 1000  # seed 0 draws with seed 1000: neither the demo's people nor those of pre-training
+WAYS = ("composed", "simplified", "composed queries, simplified gallery", "composed, shuffled", "simplified, shuffled")
 
 
 class Patched(models.PromptSG):
@@ -196,6 +197,20 @@ def print_table(title: str, rows: list[Row], args: argparse.Namespace) -> None:
         where = [x.get(f"attention, {prompt}") for x in found]
         cells.append(" / ".join(cell(list(column)) for column in zip(*where)) if where[0] else "")
         print(f"| {' | '.join(cells)} |")
+
+
+def print_ways(title: str, rows: list[Row], args: argparse.Namespace) -> None:
+    """mAP of each way to score, and how much less than ours scored in the same way."""
+    print(f"\n{title}, seeds {' '.join(map(str, args.seeds))}: mAP, and less ours\n")
+    print(f"| reading | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
+    ours = results(Row("ours"), args)
+    for row in rows:
+        found, cells = results(row, args), []
+        for way in WAYS:
+            values = [x[way]["mAP"] for x in found if way in x]
+            less = [value - y[way.removesuffix(", shuffled")]["mAP"] for value, y in zip(values, ours)]
+            cells.append(values and f"{cell(values)} ({cell(less, '+')})" or "")
+        print(f"| {row.name} | {' | '.join(cells)} |")
 
 
 class Arguments(argparse.Namespace):

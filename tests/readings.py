@@ -5,135 +5,122 @@ across the batch, is scored with the test pictures in sorted and in shuffled ord
 python tests/readings.py --dataset msmt17 --backbone vit --output runs/readings-msmt17 --tables trap
 """
 
-import argparse
-
 import torch
-import torch.nn.functional as F
-from experiment import Patched, Row, cell, results, run
+from experiment import Patched, Row, print_ways, run
 from torch import Tensor, nn
 
 from clip import ResidualAttentionBlock, num_heads
-from model import InteractionModule, Output
-
-# --------------------------------------------------------------------------------- readings of the interaction module
+from model import Output
 
 
-class ReadOtherwise(Patched):
-    """PromptSG with another interaction module, which starts with the same weights."""
-
-    module = InteractionModule
+class Aggregate(Patched):
+    """Another way from attention map (B, 1 + M) and tokens (B, 1 + M, D) to z (B, D)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.interaction.__class__ = self.module
+        self.interaction.aggregate = self.aggregate
 
 
-class OneRow(ReadOtherwise):
+class OneRow(Aggregate):
     """Eq. 7's one row goes through the blocks."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            return self.run_blocks(attention.unsqueeze(1) @ self.value(tokens)).squeeze(1)
-
-        def run_blocks(self, row: Tensor) -> Tensor:
-            """(B, 1, D) -> (B, 1, D)"""
-            return self.blocks(row)
+    def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
+        row = attention.unsqueeze(1) @ self.interaction.value(tokens)  # (B, 1, D)
+        return self.interaction.blocks(row).squeeze(1)
 
 
-class OneRowAcross(ReadOtherwise):
-    """The same, but the blocks attend across the batch."""
-
-    sees_its_batch = True
-
-    class module(OneRow.module):
-        def run_blocks(self, row: Tensor) -> Tensor:
-            return self.blocks(row.transpose(0, 1)).transpose(0, 1)
-
-
-class WeightedBehind(ReadOtherwise):
+class WeightedBehind(Aggregate):
     """The tokens are weighted behind the blocks, not before."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            return (attention.unsqueeze(2) * self.blocks(self.value(tokens))).sum(dim=1)
+    def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
+        return (attention.unsqueeze(2) * self.interaction.blocks(self.interaction.value(tokens))).sum(dim=1)
 
 
-class PatchesAlone(ReadOtherwise):
-    """Keys and values are the patches, without the global token."""
-
-    class module(InteractionModule):
-        def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
-            return F.pad(super().attention_map(text, tokens[:, 1:]), (1, 0))
-
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            return super().aggregate(attention[:, 1:], tokens[:, 1:])
-
-
-class ClassToken(ReadOtherwise):
+class ClassToken(Aggregate):
     """Read out at the class token, which stands unweighted beside the re-weighted patches."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            V = self.value(tokens)
-            Z = tokens.shape[1] * attention.unsqueeze(2) * V
-            return self.blocks(torch.cat([V[:, :1], Z[:, 1:]], dim=1))[:, 0]
+    def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
+        V = self.interaction.value(tokens)
+        Z = tokens.shape[1] * attention.unsqueeze(2) * V
+        return self.interaction.blocks(torch.cat([V[:, :1], Z[:, 1:]], dim=1))[:, 0]
+
+
+class PatchesAlone(Patched):
+    """Keys and values are the patches, without the global token."""
+
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        return super().interact(tokens[:, 1:], text)
+
+
+class PostNormBlock(ResidualAttentionBlock):
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = self.ln_1(x + self.attn(x, causal))
+        return self.ln_2(x + self.mlp(x))
 
 
 class PostNorm(Patched):
-    """The two blocks normalise behind attention and feed-forward, as METER's do."""
-
-    class block(ResidualAttentionBlock):
-        def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-            x = self.ln_1(x + self.attn(x, causal))
-            return self.ln_2(x + self.mlp(x))
+    """The two blocks normalise behind attention and feed-forward, as METER's do; they start with the same weights."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for block in self.interaction.blocks:
-            block.__class__ = self.block
+            block.__class__ = PostNormBlock
+
+
+class CrossFormer(nn.Module):
+    """IADT's module: one row, layer norms, many heads, blocks, layer norm."""
+
+    def __init__(self, dim: int, blocks: nn.Module):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, num_heads(dim), batch_first=True)
+        self.ln_text, self.ln_tokens, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.blocks = blocks
+
+    def attend(self, text: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One row (B, 1, D), and the mean map of its heads (B, 1, 1 + M)."""
+        keys = self.ln_tokens(tokens)
+        return self.attention(self.ln_text(text).expand(len(tokens), -1).unsqueeze(1), keys, keys)
+
+    def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
+        return self.attend(text, tokens)[1].squeeze(1)
+
+    def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
+        return self.ln_post(self.blocks(self.attend(text, tokens)[0])).squeeze(1)
 
 
 class InTheWild(Patched):
-    """IADT's module, mended: one row, layer norms, many heads, blocks, layer norm."""
-
-    class module(InteractionModule):
-        def __init__(self, dim: int):
-            super().__init__(dim)
-            del self.query, self.key, self.value
-            self.attention = nn.MultiheadAttention(dim, num_heads(dim), batch_first=True)
-            self.ln_text, self.ln_tokens, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-        def attend(self, text: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            """One row (B, 1, D) and the mean map of its heads (B, 1, 1 + M)."""
-            query = self.ln_text(text).expand(len(tokens), -1).unsqueeze(1)
-            keys = self.ln_tokens(tokens)
-            return self.attention(query, keys, keys)
-
-        def attention_map(self, text: Tensor, tokens: Tensor) -> Tensor:
-            return self.attend(text, tokens)[1].squeeze(1)
-
-        def run_blocks(self, row: Tensor) -> Tensor:
-            return self.blocks(row)
-
-        def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
-            return self.ln_post(self.run_blocks(self.attend(text, tokens)[0])).squeeze(1)
+    """IADT's module, mended: its blocks see one picture at a time."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.interaction = self.module(self.classifier.in_features)
+        self.interaction = CrossFormer(self.classifier.in_features, self.interaction.blocks)
 
 
-class InTheWildAcross(InTheWild):
-    """As it is: the blocks attend across the batch."""
+class AcrossBatch(nn.Module):
+    """Blocks that take the batch for the sequence."""
+
+    def __init__(self, blocks: nn.Module):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.blocks(rows.transpose(0, 1)).transpose(0, 1)  # (B, 1, D)
+
+
+class Trap:
+    """The blocks attend across the batch: a picture's feature depends on the pictures beside it."""
 
     sees_its_batch = True
 
-    class module(InTheWild.module):
-        def run_blocks(self, row: Tensor) -> Tensor:
-            return self.blocks(row.transpose(0, 1)).transpose(0, 1)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.interaction.blocks = AcrossBatch(self.interaction.blocks)
 
 
-# -------------------------------------------------------------------------------------------------- other readings
+class OneRowAcross(Trap, OneRow): ...
+
+
+class InTheWildAcross(Trap, InTheWild): ...
 
 
 class BlockStates(Patched):
@@ -151,33 +138,31 @@ class BlockStates(Patched):
         return output._replace(triplet_features=[output.triplet_features[0], *self.states])
 
 
-class TwoLayers(Patched):
-    """An inversion network of two linear layers."""
+class Inversion(Patched):
+    """Another inversion network, made of the layers of ours."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        first, relu, _, _, *rest = self.inversion
-        self.inversion = nn.Sequential(first, relu, *rest)
+        self.inversion = nn.Sequential(*self.layers(*self.inversion))
 
 
-class FourLayers(Patched):
-    """An inversion network of four linear layers."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        first, relu, *rest = self.inversion
-        more = nn.Linear(first.out_features, first.out_features)
-        self.inversion = nn.Sequential(first, relu, more, nn.ReLU(), *rest)
+class TwoLayers(Inversion):
+    def layers(self, first, relu, second, relu_again, last, norm):
+        return first, relu, last, norm
 
 
-class HiddenNorm(Patched):
-    """Batch normalisation behind the last hidden state, not behind S*; S* starts out as large as ours."""
+class FourLayers(Inversion):
+    def layers(self, first, relu, *rest):
+        return first, relu, nn.Linear(first.out_features, first.out_features), nn.ReLU(), *rest
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        *hidden, last, norm = self.inversion
-        nn.init.normal_(last.weight, std=norm.weight[0].item() * (2 / last.in_features) ** 0.5)
-        self.inversion = nn.Sequential(*hidden, nn.BatchNorm1d(last.in_features), last)
+
+class HiddenNorm(Inversion):
+    """Batch normalisation behind the last hidden state, not behind S*, which starts out as large as ours."""
+
+    def layers(self, *hidden_last_norm):
+        *hidden, last, norm = hidden_last_norm
+        nn.init.normal_(last.weight, std=norm.weight[0].item() * last.in_features**-0.5)
+        return *hidden, nn.BatchNorm1d(last.in_features), last
 
 
 OURS = Row("ours")
@@ -205,22 +190,5 @@ TABLES = {
         Row("Eq. 7's one row, blocks across the batch", TRAP, patch=OneRowAcross),
     ],
 }
-WAYS = ("composed", "simplified", "composed queries, simplified gallery", "composed, shuffled", "simplified, shuffled")
-
-
-def print_table(title: str, rows: list[Row], args: argparse.Namespace) -> None:
-    """mAP of each way to score, and how much less than ours scored in the same way."""
-    print(f"\n{title}, seeds {' '.join(map(str, args.seeds))}: mAP, and less ours\n")
-    print(f"| reading | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
-    ours = results(OURS, args)
-    for row in rows:
-        found, cells = results(row, args), []
-        for way in WAYS:
-            values = [x[way]["mAP"] for x in found if way in x]
-            less = [value - y[way.removesuffix(", shuffled")]["mAP"] for value, y in zip(values, ours)]
-            cells.append(f"{cell(values)} ({cell(less, '+')})" if values else "")
-        print(f"| {row.name} | {' | '.join(cells)} |")
-
-
 if __name__ == "__main__":
-    run(TABLES, __doc__, "runs/ablation", print_table)
+    run(TABLES, __doc__, "runs/ablation", print_ways)

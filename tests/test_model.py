@@ -129,7 +129,9 @@ def test_the_retrieval_feature_is_taken_behind_the_bnneck(make_model, images):
 def test_embed_differs_between_prompts_and_refuses_others(make_model, images):
     model = make_model().eval()
     assert (model.embed(images, "composed") - model.embed(images, "simplified")).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="'composed' or 'simplified'"):
+    v = model.clip.encode_image(images).embedding
+    torch.testing.assert_close(model.embed(images, "none"), torch.nn.functional.normalize(v))
+    with pytest.raises(ValueError, match="use 'composed', 'simplified' or 'none'"):
         model.embed(images, "long")
 
 

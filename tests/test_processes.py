@@ -113,7 +113,7 @@ def assert_same(one, other, tolerance: float = 1e-8) -> None:
         )
 
 
-FLAGS = "--dataset synthetic --backbone tiny --device cpu --batch-ids 8 --steps 3 --image-size 64 32"
+FLAGS = "--dataset synthetic --backbone tiny --device cpu --batch-ids 8 --steps 3 --image-size 64 32 --clip-weights random"
 
 
 @pytest.mark.parametrize("more", ["", "--baseline", "--without-interaction --without-t2i"])
