@@ -116,11 +116,12 @@ def labels_of(samples: list[data.Sample], device: torch.device | str) -> Tensor:
 
 
 def metrics_of(query: Tensor, gallery: Tensor, dataset: data.Dataset, similarities: Callable | None = None) -> dict:
-    """`rank_metrics` of a dataset's features, with "rank1", "rank5" and "rank10" besides."""
+    """`rank_metrics` of a dataset's features; "rank1", "rank5", "rank10" and "queries_left_out", a number, besides."""
     query_ids, query_cams = labels_of(dataset.query, query.device)
     gallery_ids, gallery_cams = labels_of(dataset.gallery, query.device)
     metrics = rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, similarities)
     cmc = metrics["cmc"]
+    metrics["queries_left_out"] = int(metrics["ap"].isnan().sum())
     return {**metrics, **{f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}}
 
 
@@ -128,7 +129,7 @@ def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Na
     """Scores a model, which is left in eval mode, on query and gallery; args as in `extract`.
 
     Returns "mAP", "rank1", "rank5", "rank10" from 0 to 1, "images_per_second", the features "query" (Q, D) and
-    "gallery" (G, D), and what else `rank_metrics` gives.
+    "gallery" (G, D), and what else `metrics_of` gives.
     """
     model.eval()
     samples = dataset.query + dataset.gallery
@@ -145,14 +146,9 @@ def describe(result: dict) -> str:
     """One line for people; a second one if queries were left out."""
     ranks = "  ".join(f"Rank-{k} {result[f'rank{k}']:.1%}" for k in (1, 5, 10))
     speed = f"  ({result['images_per_second']:.0f} images/s)" if "images_per_second" in result else ""
-    left_out = count_left_out(result)
+    left_out = result["queries_left_out"]
     note = f"\n{left_out} of {len(result['ap'])} queries have no right picture in the gallery and are left out"
     return f"mAP {result['mAP']:.1%}  {ranks}{speed}{note if left_out else ''}"
-
-
-def count_left_out(result: dict) -> int:
-    """How many queries are not in the mean."""
-    return int(result["ap"].isnan().sum())
 
 
 def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Tensor) -> None:
@@ -278,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     report["dataset"] = args.dataset
     report["dataset_version"] = dataset.version
     report["trained_on"] = settings["dataset"]
-    report["queries_left_out"] = count_left_out(result)
+    report["queries_left_out"] = result["queries_left_out"]
     report["files_passed_over"] = len(dataset.passed_over)
     report["precision"] = args.precision
     report["checkpoint"] = str(args.checkpoint)

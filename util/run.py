@@ -241,14 +241,14 @@ def provenance(device: str) -> dict[str, str | None]:
 def lock(folder: Path) -> Iterator[None]:
     """The folder of a run, made if need be, is this training's while it lasts, where the system has such locks.
 
-    It ends with the process and its loader processes, which outlive a killed one by some seconds. A folder that was
-    made for nothing does not stay. Of several processes only the first one does anything.
+    It ends with the process and its loader processes, which outlive a killed one by some seconds. Folders that were
+    made for nothing do not stay. Of several processes only the first one does anything.
     Raises ValueError if another training has it, OSError if it can't be made.
     """
     if rank() > 0:
         yield
         return
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -261,8 +261,9 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # a folder that holds something
+            for path in made:
+                path.rmdir()
 
 
 def try_to_lock(handle: int, folder: Path) -> None:
