@@ -137,7 +137,7 @@ def read_market(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample],
         subsets.append([sample for sample in samples if sample.pid != JUNK])
         passed_over += others
         if not subsets[-1]:
-            there = count_passed_over(others) if others else "unpack the dataset again"
+            there = count_passed_over(others) if others else "it is empty, or all junk"
             raise ValueError(f"no picture in {folder / subfolder} has a name like 0002_c1_anything.jpg: {there}")
     return *subsets, passed_over
 

@@ -216,7 +216,7 @@ def describe_speed(speeds: dict[str, Tensor]) -> str:
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that uses a trained model."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="PATH", help="(last.pt of the newest run in runs/)")
+    add("--checkpoint", type=machine.path, metavar="PATH", help="(last.pt of the newest run in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="(the one trained with)")
     add("--dataset", choices=data.FOLDERS, metavar="NAME", help="(the one trained on)")
     machine.add_machine_flags(parser)
@@ -240,8 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("evaluate.py", "Score a trained PromptSG.")
     add = parser.add_argument
-    add("--json", type=Path, metavar="FILE.json", help="write the scores there, too")
-    add("--features", type=Path, metavar="FILE.npz", help="write the features of query and gallery there")
+    add("--json", type=machine.path, metavar="FILE.json", help="write the scores there, too")
+    add("--features", type=machine.path, metavar="FILE.npz", help="write the features of query and gallery there")
     add("--rerank", type=int, nargs="*", metavar="K", help="score again, k-reciprocal re-ranking with k1 and k2 (20 6)")
     add_checkpoint_flags(parser)
     return parser.parse_args(argv)

@@ -267,7 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=data.FOLDERS, default="market1501", metavar="NAME", help=f"{names} (market1501)")
     add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo (vit)")
     add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random' (downloaded on first use)")
-    add("--output", type=Path, metavar="DIR", help="folder of the run (runs/DATASET-BACKBONE)")
+    add("--output", type=machine.path, metavar="DIR", help="folder of the run (runs/DATASET-BACKBONE)")
     add("--resume", action="store_true", help="go on with the run in the output folder")
     add("--overwrite", action="store_true", help="start anew although the output folder holds a run")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")

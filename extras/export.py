@@ -65,8 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("-m extras.export", "Export a trained PromptSG, simplified prompt.")
     add = parser.add_argument
-    add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="(model.pt2)")
-    add("--checkpoint", type=Path, metavar="PATH", help="(last.pt of the newest run in runs/)")
+    add("--output", type=machine.path, default=Path("model.pt2"), metavar="FILE.pt2", help="(model.pt2)")
+    add("--checkpoint", type=machine.path, metavar="PATH", help="(last.pt of the newest run in runs/)")
     add("--device", default="cpu", help="cpu, cuda or cuda:1, which the file will run on (cpu)")
     parser.set_defaults(prompt="simplified", dataset=None)
     return parser.parse_args(argv)

@@ -72,7 +72,7 @@ def extract(encoder: nn.Module, samples: list[data.Sample], mean_and_std: tuple,
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = machine.make_parser("-m extras.gate WEIGHTS.pth", "Does CLIP-ReID's checkpoint score as published?")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS.pth", help="a file that CLIP-ReID's README links")
+    parser.add_argument("weights", type=machine.path, metavar="WEIGHTS.pth", help="one that CLIP-ReID's README links")
     parser.add_argument("--dataset", choices=data.FOLDERS, required=True, help="it was trained on")
     machine.add_machine_flags(parser)
     parser.set_defaults(precision="fp32")

@@ -18,6 +18,8 @@ from test_scripts import checkpoint_of
 
 import clip
 import data
+import evaluate
+import train
 from util import demo
 from util.pictures import open_picture
 
@@ -209,6 +211,14 @@ def test_flags_that_torchrun_cannot_honour(crowded, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         refused(run("evaluate.py", f"--device {device}", crowded), words)
         assert waits == [5] * int(rank)
+
+
+def test_a_path_is_not_empty_and_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(train.parse_args(["--output=~/run"]).output) == "/home/me/run"  # which no shell has replaced
+    for parse, flag in ((train.parse_args, "--output"), (evaluate.parse_args, "--data-root")):
+        with pytest.raises(SystemExit, match="2"):
+            parse([flag, ""])  # as of a variable that is not set: it would be this folder
 
 
 @pytest.mark.parametrize("prompt", ["a S*x S* man", "S*", "A  photo of a S*  person"])

@@ -31,11 +31,18 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def path(text: str) -> Path:
+    """The type of a flag: ~ is the home folder, which the shell does not see in --flag=~/x; "" is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
+
+
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the scripts share: where the data are and what to compute with."""
     add = parser.add_argument_group("machine").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder of the datasets (%(default)s)")
+    add("--data-root", type=path, default=Path("data"), metavar="DIR", help="folder of the datasets (%(default)s)")
     add("--device", default=device, help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, help="(fp32 on a CPU; on CUDA bf16, or fp16 if the GPU has no bf16)")
     add("--workers", type=int, metavar="N", help="loader processes (0 on a CPU, up to 8 on CUDA)")
@@ -71,18 +78,18 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
 
 
-def check_output(flag: str, path: Path | None, suffix: str) -> None:
+def check_output(flag: str, file: Path | None, suffix: str) -> None:
     """ValueError or FileNotFoundError, before any work, if no file of this name is to be written; None is no file."""
-    if path is None:
+    if file is None:
         return
-    if path.suffix != suffix:
-        raise ValueError(f"{flag} {path}: give a name that ends in {suffix}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{flag} {path} is a folder: give the name of a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{flag} {path}: you may not write there")
+    if file.suffix != suffix:
+        raise ValueError(f"{flag} {file}: give a name that ends in {suffix}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{flag} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"{flag} {file} is a folder: give the name of a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{flag} {file}: you may not write there")
 
 
 def best_cuda_precision() -> str:
