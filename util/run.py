@@ -150,8 +150,8 @@ def find_run(args: argparse.Namespace) -> dict | None:
 class Folder:
     """The folder of a run, while training writes to it. Of several processes only the first one does anything.
 
-    A run that is overwritten is set aside in NAME.old: it is deleted when the new
-    one's first checkpoint is whole, and put back if anything fails before.
+    A run that is overwritten is set aside in NAME.old: it is deleted when the new one's first checkpoint is whole, and
+    put back if anything fails before.
 
     Entering it raises ValueError if a NAME.old is in the way.
     """
