@@ -4,6 +4,7 @@ With the simplified prompt, whose text feature is a constant. Whoever uses the f
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
@@ -47,8 +48,10 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
     few, more = (torch.randint(0, 256, (B, 3, *image_size), dtype=torch.uint8, device=device) for B in (2, 5))
     batch = torch.export.Dim("batch", max=2**16)
     program = torch.export.export(ImageToFeature(model).eval(), (few,), dynamic_shapes=({0: batch},))
+    content = io.BytesIO()  # on a full disk, torch's own writer of files takes the whole process down
+    torch.export.save(program, content)
     with writing(path) as unfinished:
-        torch.export.save(program, unfinished)
+        unfinished.write_bytes(content.getvalue())
     reloaded = torch.export.load(path).module()
     difference = (reloaded(more) - model.embed(data.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
