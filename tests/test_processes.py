@@ -113,7 +113,8 @@ def assert_same(one, other, tolerance: float = 1e-8) -> None:
         )
 
 
-FLAGS = "--dataset synthetic --backbone tiny --device cpu --batch-ids 8 --steps 3 --image-size 64 32 --clip-weights random"
+FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --device cpu --batch-ids 8 --steps 3"
+FLAGS += " --image-size 64 32"
 
 
 @pytest.mark.parametrize("more", ["", "--baseline", "--without-interaction --without-t2i"])
