@@ -6,23 +6,22 @@ A reader turns an owner's folder into a Dataset of three lists of Samples. In a 
 
 import hashlib
 import math
+import os
 import random
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
 from util import demo, machine
+from util.pictures import count_passed_over, open_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,6 +39,7 @@ class Dataset(NamedTuple):
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
+    passed_over: list[Path] = []  # files whose names are not of the dataset's pattern
 
     @property
     def num_identities(self) -> int:
@@ -74,25 +74,29 @@ FOLDERS = {
 }
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
-MSMT17_LINE = re.compile(r"(\S+/\d+_\d+_(\d+)_\S*\.(?:jpg|jpeg|png))\s+(\d+)", re.IGNORECASE)  # picture, camera, pid
+# Picture, camera, pid.
+MSMT17_LINE = re.compile(r"(\d+/\d+_\d+_(\d+)_[^\s/]*\.(?:jpg|jpeg|png))\s+(\d+)", re.IGNORECASE)
 JUNK = -1  # Market-1501's identity of bad detections, which count neither as right nor as wrong
 
 
 def load_dataset(name: str, root: str | Path = "data") -> Dataset:
     """Reads one of FOLDERS below `root`. "synthetic" is drawn there first if it is missing.
 
-    Raises FileNotFoundError, with the layout expected, if a folder or list is missing; ValueError if it is empty.
+    Raises FileNotFoundError, with the layout expected, if a folder or list is missing; ValueError if `name` is none of
+    FOLDERS, `root` no folder, or a subset empty.
     """
     root = Path(root)
-    if name == "synthetic" and not (root / "synthetic").exists():
+    if name not in FOLDERS:
+        raise ValueError(f"no dataset {name}: give --dataset one of {', '.join(FOLDERS)}")
+    if os.path.lexists(root) and not root.is_dir():
+        raise ValueError(f"--data-root {root} is a file, or a link that leads nowhere: give a folder")
+    if name == "synthetic" and not os.path.lexists(root / "synthetic"):
         demo.draw_dataset(root / "synthetic", MARKET_FOLDERS)
     folder = find_folder(name, root)
-    train, query, gallery = (read_msmt17 if name == "msmt17" else read_market)(folder)
-    for subset, samples in (("train", train), ("query", query), ("gallery", gallery)):
-        if not samples:
-            raise ValueError(f"no pictures of {name}'s {subset} subset under {root}: unpack the dataset again")
+    train, query, gallery, passed_over = (read_msmt17 if name == "msmt17" else read_market)(folder)
     labels = {pid: label for label, pid in enumerate(sorted({sample.pid for sample in train}))}
-    return Dataset(name, folder, [sample._replace(pid=labels[sample.pid]) for sample in train], query, gallery)
+    train = [sample._replace(pid=labels[sample.pid]) for sample in train]
+    return Dataset(name, folder, train, query, gallery, passed_over)
 
 
 def find_folder(name: str, root: Path) -> Path:
@@ -119,20 +123,26 @@ def find_folder(name: str, root: Path) -> Path:
     raise FileNotFoundError(f"{name} is not under {root}: {expected}; docs/data.md says where to get it")
 
 
-def read_market(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]:
+def read_market(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample], list[Path]]:
     """Market-1501's layout, which DukeMTMC-reID and CUHK03-NP share: identity and camera stand in the file name.
 
-    Files of another pattern are passed over (Market-1501 ships a Thumbs.db), and so is junk, identity -1.
+    Junk, identity -1, is left out. Files of another pattern are passed over (Market-1501 ships a Thumbs.db); these are
+    returned last. ValueError if nothing else is there.
     """
-    subsets = []
+    subsets, passed_over = [], []
     for subfolder in MARKET_FOLDERS.values():
         matches = [(path, MARKET_NAME.fullmatch(path.name)) for path in sorted((folder / subfolder).iterdir())]
         samples = [Sample(path, int(match[1]), int(match[2])) for path, match in matches if match]
+        others = [path for path, match in matches if not match]
         subsets.append([sample for sample in samples if sample.pid != JUNK])
-    return tuple(subsets)
+        passed_over += others
+        if not subsets[-1]:
+            there = count_passed_over(others) if others else "it is empty, or all junk"
+            raise ValueError(f"no picture in {folder / subfolder} has a name like 0002_c1_anything.jpg: {there}")
+    return *subsets, passed_over
 
 
-def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]:
+def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample], list[Path]]:
     """MSMT17 V1 (train, test) or V2 (mask_train_v2, mask_test_v2) by its list files; train is train + val."""
     train_folder = next(path for path in (folder / "train", folder / "mask_train_v2") if path.exists())
     test_folder = folder / train_folder.name.replace("train", "test")
@@ -144,17 +154,19 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample]]
         if not (folder / name).is_file():
             raise FileNotFoundError(f"MSMT17's {name} is missing in {folder}: unpack the dataset again")
         samples = []
-        for line in (folder / name).read_text().split("\n"):
+        for line in (folder / name).read_text("utf-8-sig", "replace").split("\n"):
             if not line.strip():
                 continue
             match = MSMT17_LINE.fullmatch(line.strip())
             if not match:
-                raise ValueError(f"{folder / name} has a line not of MSMT17's pattern: {line!r}")
+                raise ValueError(f"{folder / name} has a line not of MSMT17's pattern: {line[:80]!r}")
             samples.append(Sample(pictures / match[1], int(match[3]), int(match[2])))
+        if not samples:
+            raise ValueError(f"{folder / name} lists no pictures: unpack the dataset again")
         return samples
 
     train = read_list("list_train.txt", train_folder) + read_list("list_val.txt", train_folder)
-    return train, read_list("list_query.txt", test_folder), read_list("list_gallery.txt", test_folder)
+    return train, read_list("list_query.txt", test_folder), read_list("list_gallery.txt", test_folder), []
 
 
 def digest(samples: list[Sample]) -> str:
@@ -178,6 +190,8 @@ def summary(dataset: Dataset) -> str:
                 f"warning: {dataset.name}'s {subset} should have {should}, not {has}: "
                 "results will not compare with published ones"
             )
+    if dataset.passed_over:
+        lines.append(count_passed_over(dataset.passed_over))
     return "\n".join(lines)
 
 
@@ -185,21 +199,8 @@ def summary(dataset: Dataset) -> str:
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture file of any mode as RGB at (height, width): uint8 (3, H, W).
-
-    Sixteen bits of grey become eight. OSError names the file if it can't be read, or has over 89 million pixels, where
-    Pillow suspects a bomb.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.mode.startswith("I"):
-                    picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-                pixels = v2.functional.pil_to_tensor(picture.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise whatever they like on broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"cannot read the picture {path} ({reason}): replace it or take it out") from error
+    """A picture file at (height, width): uint8 (3, H, W). Raises as `open_picture` does."""
+    pixels = v2.functional.pil_to_tensor(open_picture(path))
     return v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
 
 

@@ -19,7 +19,7 @@ from model import PromptSG, restore_model
 from util import machine
 from util.machine import show_progress
 from util.rerank import k_reciprocal
-from util.run import load_checkpoint, newest_checkpoint
+from util.run import load_checkpoint, newest_checkpoint, writing
 
 SCORES = ("mAP", "rank1", "rank5", "rank10")
 
@@ -103,7 +103,7 @@ def extract(embed: Callable[[Tensor], Tensor], samples: list[data.Sample], args:
     own = even[machine.rank() :: machine.world_size()]
     features = []
     for images, _ in data.test_loader(own, args.image_size, args.eval_batch_size, args.workers):
-        with machine.autocast(args):
+        with machine.autocast(args), machine.out_of_memory("a smaller --eval-batch-size changes no score"):
             features.append(embed(data.normalize(images.to(args.device, non_blocking=True))).float())
         show_progress(sum(map(len, features)), len(own), "pictures")
     in_turn = machine.gather(torch.cat(features)).unflatten(0, (machine.world_size(), len(own))).transpose(0, 1)
@@ -116,11 +116,12 @@ def labels_of(samples: list[data.Sample], device: torch.device | str) -> Tensor:
 
 
 def metrics_of(query: Tensor, gallery: Tensor, dataset: data.Dataset, similarities: Callable | None = None) -> dict:
-    """`rank_metrics` of a dataset's features, with "rank1", "rank5" and "rank10" besides."""
+    """`rank_metrics` of a dataset's features; "rank1", "rank5", "rank10" and "queries_left_out", a number, besides."""
     query_ids, query_cams = labels_of(dataset.query, query.device)
     gallery_ids, gallery_cams = labels_of(dataset.gallery, query.device)
     metrics = rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, similarities)
     cmc = metrics["cmc"]
+    metrics["queries_left_out"] = int(metrics["ap"].isnan().sum())
     return {**metrics, **{f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}}
 
 
@@ -128,13 +129,12 @@ def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Na
     """Scores a model, which is left in eval mode, on query and gallery; args as in `extract`.
 
     Returns "mAP", "rank1", "rank5", "rank10" from 0 to 1, "images_per_second", the features "query" (Q, D) and
-    "gallery" (G, D), and what else `rank_metrics` gives.
+    "gallery" (G, D), and what else `metrics_of` gives.
     """
     model.eval()
     samples = dataset.query + dataset.gallery
     start = time.perf_counter()
-    with machine.out_of_memory("a smaller --eval-batch-size needs less and changes no score"):
-        features = extract(lambda images: model.embed(images, prompt), samples, args)
+    features = extract(lambda images: model.embed(images, prompt), samples, args)
     query, gallery = features.split([len(dataset.query), len(dataset.gallery)])
     if features.is_cuda:
         torch.cuda.synchronize()
@@ -143,10 +143,12 @@ def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Na
 
 
 def describe(result: dict) -> str:
-    """One line for people."""
+    """One line for people; a second one if queries were left out."""
     ranks = "  ".join(f"Rank-{k} {result[f'rank{k}']:.1%}" for k in (1, 5, 10))
     speed = f"  ({result['images_per_second']:.0f} images/s)" if "images_per_second" in result else ""
-    return f"mAP {result['mAP']:.1%}  {ranks}{speed}"
+    left_out = result["queries_left_out"]
+    note = f"\n{left_out} of {len(result['ap'])} queries have no right picture in the gallery and are left out"
+    return f"mAP {result['mAP']:.1%}  {ranks}{speed}{note if left_out else ''}"
 
 
 def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Tensor) -> None:
@@ -161,9 +163,9 @@ def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Te
 
 
 def write_arrays(path: Path, arrays: dict) -> None:
-    """An .npz of exactly this name, where np.savez would add its own suffix."""
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+    """An .npz file."""
+    with writing(path) as unfinished:
+        np.savez(unfinished, **arrays)
     print(f"features written to {path}: arrays {', '.join(arrays)}")
 
 
@@ -214,7 +216,7 @@ def describe_speed(speeds: dict[str, Tensor]) -> str:
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that uses a trained model."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="PATH", help="(last.pt of the newest run in runs/)")
+    add("--checkpoint", type=machine.path, metavar="PATH", help="(last.pt of the newest run in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="(the one trained with)")
     add("--dataset", choices=data.FOLDERS, metavar="NAME", help="(the one trained on)")
     machine.add_machine_flags(parser)
@@ -238,8 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("evaluate.py", "Score a trained PromptSG.")
     add = parser.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the scores there, too")
-    add("--features", type=Path, metavar="FILE.npz", help="write the features of query and gallery there")
+    add("--json", type=machine.path, metavar="FILE.json", help="write the scores there, too")
+    add("--features", type=machine.path, metavar="FILE.npz", help="write the features of query and gallery there")
     add("--rerank", type=int, nargs="*", metavar="K", help="score again, k-reciprocal re-ranking with k1 and k2 (20 6)")
     add_checkpoint_flags(parser)
     return parser.parse_args(argv)
@@ -248,11 +250,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """ValueError or FileNotFoundError, in one line and before any work, for impossible combinations."""
     machine.check_machine_flags(args)
-    for flag, file in (("--json", args.json), ("--features", args.features)):
-        if file and not file.parent.is_dir():
-            raise FileNotFoundError(f"{flag} {file}: there is no folder {file.parent}")
-        if file and file.is_dir():
-            raise ValueError(f"{flag} {file} is a folder: give the name of a file")
+    machine.check_output("--json", args.json, ".json")
+    machine.check_output("--features", args.features, ".npz")
     if args.rerank and (len(args.rerank) != 2 or min(args.rerank) < 1):
         raise ValueError("--rerank takes k1 and k2, both at least 1, or nothing for 20 and 6")
 
@@ -275,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     report["dataset"] = args.dataset
     report["dataset_version"] = dataset.version
     report["trained_on"] = settings["dataset"]
+    report["queries_left_out"] = result["queries_left_out"]
+    report["files_passed_over"] = len(dataset.passed_over)
     report["precision"] = args.precision
     report["checkpoint"] = str(args.checkpoint)
     if args.rerank is not None:
@@ -285,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.dataset}, {args.prompt} prompt, re-ranked: {describe(reranked)}")
         report["reranked"] = {name: reranked[name] for name in SCORES}
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        with writing(args.json) as unfinished:
+            unfinished.write_text(json.dumps(report, indent=2) + "\n")
     if args.features:
         write_features(args.features, dataset, result["query"], result["gallery"])
     print(describe_speed(measure_speed(model, args)))

@@ -277,6 +277,6 @@ def restore_model(checkpoint: dict) -> PromptSG:
         clip_model = CLIP(**clip.read_sizes(clip_weights), image_size=tuple(checkpoint["args"]["image_size"]))
         model = PromptSG(clip_model, **checkpoint["model_args"])
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
         raise ValueError(f"the checkpoint's weights do not fit its settings ({one_line(error)})") from error
     return model.eval()

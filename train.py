@@ -23,7 +23,7 @@ import losses
 from model import BACKBONES, COMPOSED_PROMPT, Output, PromptSG, build_model, count_learnable, restore_model
 from util import machine
 from util.curves import draw_curves
-from util.run import CHECKPOINT_VERSION, Folder, Stop, find_run, settings_of
+from util.run import CHECKPOINT_VERSION, Folder, Stop, find_run, lock, settings_of
 
 TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # for a picture of 256x128, as tests/benchmark.py counts it
 # The demo's, in the paper's proportions: the encoder learns at a tenth of the new modules' rate, and one decay.
@@ -267,7 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=data.FOLDERS, default="market1501", metavar="NAME", help=f"{names} (market1501)")
     add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo (vit)")
     add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random' (downloaded on first use)")
-    add("--output", type=Path, metavar="DIR", help="folder of the run (runs/DATASET-BACKBONE)")
+    add("--output", type=machine.path, metavar="DIR", help="folder of the run (runs/DATASET-BACKBONE)")
     add("--resume", action="store_true", help="go on with the run in the output folder")
     add("--overwrite", action="store_true", help="start anew although the output folder holds a run")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
@@ -335,13 +335,14 @@ def check_args(args: argparse.Namespace) -> None:
     if args.label_smoothing >= 1:
         raise ValueError("--label-smoothing must be less than 1")
     composes = args.train_prompt == "composed"
-    parts = args.without_i2t, args.without_t2i, args.without_interaction, not composes, args.blocks != 2
-    if args.baseline and any(parts):
-        raise ValueError("--baseline has neither prompts nor interaction module: give it no other row's flag")
+    parts = [args.without_i2t, args.without_t2i, args.temperature, args.supcon_weight != 0.5]
+    parts.append(args.composed_prompt != COMPOSED_PROMPT)
+    if args.baseline and any((*parts, args.without_interaction, not composes, args.blocks != 2)):
+        raise ValueError("--baseline has neither prompts nor interaction module: give it no flag of theirs")
     if args.without_interaction and (not composes or args.blocks != 2):
         raise ValueError("--without-interaction goes with the composed prompt and without --blocks; see --baseline")
-    if not composes and (args.without_i2t or args.without_t2i):
-        raise ValueError("--train-prompt simplified has no SupCon loss: drop --without-i2t and --without-t2i")
+    if not composes and any(parts):
+        raise ValueError("--train-prompt simplified has no S* and no SupCon loss: give it no flag of theirs")
     if args.without_i2t and args.without_t2i:
         raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
     if args.compile and machine.world_size() > 1:
@@ -352,14 +353,8 @@ def check_args(args: argparse.Namespace) -> None:
     args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    machine.require_gpus(args)
-    machine.join_processes(args)
-    check_args(args)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+def prepare(args: argparse.Namespace) -> tuple[Run, data.Dataset, DataLoader]:
+    """A new run, or the one to go on with, and its data; says what they are."""
     checkpoint = find_run(args)
     dataset = data.load_dataset(args.dataset, args.data_root)
     print(data.summary(dataset))
@@ -376,14 +371,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{millions:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}")
     if args.device == "cpu" and args.backbone in TRAINING_GFLOP:
         print(machine.cpu_warning(1e9 * TRAINING_GFLOP[args.backbone] * len(dataset.train) * args.epochs))
+    return run, dataset, loader
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    machine.require_gpus(args)
+    machine.join_processes(args)
+    check_args(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     too_large = (
         f"a batch of {args.batch_ids * args.batch_images} pictures does not fit: "
         "--precision bf16 needs less than fp32; fewer --batch-ids help, too, and change the method"
     )
-    with Stop() as stop, run.folder, machine.out_of_memory(too_large):
-        run.folder.write_log(run.log)
-        train(run, dataset, loader, stop)
+    with lock(args.output):
+        run, dataset, loader = prepare(args)
+        with Stop() as stop, run.folder, machine.out_of_memory(too_large):
+            run.folder.write_log(run.log)
+            train(run, dataset, loader, stop)
     is_first = machine.leave_processes()
     is_finished = run.epoch == args.epochs and not run.is_to_be_scored()
     if stop.signal and not is_finished:

@@ -16,6 +16,7 @@ import clip
 import data
 import evaluate
 from util import machine, run
+from util.pictures import open_picture
 
 GRID = (16, 8)  # of the tokens of a picture of 256x128
 MEAN_STD = {"ViT": ([0.5] * 3, [0.5] * 3), "CNN": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}  # CNN: ImageNet's
@@ -54,7 +55,7 @@ def load_encoder(path: Path) -> tuple[nn.Module, str, list[str]]:
 
 def read_pictures(samples: list[data.Sample]) -> Tensor:
     """RGB uint8 (B, 3, 256, 128) of picture files, resized as CLIP-ReID does for testing. OSError if one is broken."""
-    pictures = [Image.open(path).convert("RGB").resize((128, 256), Image.Resampling.BILINEAR) for path, *_ in samples]
+    pictures = [open_picture(path).resize((128, 256), Image.Resampling.BILINEAR) for path, *_ in samples]
     return torch.stack([pil_to_tensor(picture) for picture in pictures])
 
 
@@ -71,7 +72,7 @@ def extract(encoder: nn.Module, samples: list[data.Sample], mean_and_std: tuple,
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = machine.make_parser("-m extras.gate WEIGHTS.pth", "Does CLIP-ReID's checkpoint score as published?")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS.pth", help="a file that CLIP-ReID's README links")
+    parser.add_argument("weights", type=machine.path, metavar="WEIGHTS.pth", help="one that CLIP-ReID's README links")
     parser.add_argument("--dataset", choices=data.FOLDERS, required=True, help="it was trained on")
     machine.add_machine_flags(parser)
     parser.set_defaults(precision="fp32")

@@ -30,9 +30,9 @@ import evaluate
 import train
 from model import BACKBONES, PromptSG, build_model
 from util import demo, machine
+from util.pictures import find_readable
 from util.rerank import k_reciprocal
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 S_STAR_WORDS = [f"{colour} {garment}" for colour in demo.CLOTHES for garment in ("top", "trousers")]
 S_STAR_WORDS += ["a hat", "a bag"]
 
@@ -356,14 +356,8 @@ def draw_figure_4(args: argparse.Namespace) -> None:
 
 
 def find_pictures(paths: list[Path]) -> list[data.Sample]:
-    """Picture files, and all those below folders. FileNotFoundError if there are none."""
-    files = []
-    for path in paths:
-        below = sorted(path.rglob("*")) if path.is_dir() else []
-        files += [file for file in below if file.suffix.lower() in PICTURES] if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"no pictures in {' '.join(map(str, paths))}: give --images files or folders of them")
-    return [data.Sample(file, data.JUNK, 0) for file in files]
+    """Picture files, and all those below folders, as `find_readable` finds them, of nobody by no camera."""
+    return [data.Sample(file, data.JUNK, 0) for file in find_readable(paths)]
 
 
 # -------------------------------------------------------------------------------------------- the script

@@ -9,7 +9,6 @@ words for what a person wears, and never shoes, patterns, hair or skin.
 import argparse
 import math
 import random
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("-m extras.pretrain", "Pre-train the demo's CLIP on captioned drawings.")
     add = parser.add_argument
-    add("--output", type=Path, default=demo.TINY_CLIP, metavar="FILE", help="where to write the weights (%(default)s)")
+    add("--output", type=machine.path, default=demo.TINY_CLIP, metavar="FILE.pt", help="the weights (%(default)s)")
     add("--pictures", type=int, default=8000, metavar="N", help="drawings to learn from (%(default)s)")
     add("--epochs", type=int, default=6, metavar="N", help="(%(default)s)")
     add("--batch", type=int, default=128, metavar="N", help="pictures and captions in a batch (%(default)s)")
@@ -154,8 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
+    machine.check_output("--output", args.output, ".pt")
     if min(args.batch - 1, args.epochs, args.pictures // args.batch) < 1:
         raise ValueError("--epochs must be at least 1, --batch at least 2, and --pictures at least one batch")
     pictures, captions = Drawings(args.pictures, args.seed).draw()

@@ -59,8 +59,7 @@ def check_args(args: argparse.Namespace) -> None:
         clip.tokenize(sentence(args.words))  # ValueError if it is too long
     if not (args.query or args.words or args.features):
         raise ValueError("nothing to do: give --query PICTURE, --words WORDS or --features FILE.npz")
-    if args.features and not args.features.parent.is_dir():
-        raise FileNotFoundError(f"--features {args.features}: there is no folder {args.features.parent}")
+    machine.check_output("--features", args.features, ".npz")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,19 +51,19 @@ def trained(demo_root, tmp_path_factory) -> Path:
 
 def run(script: str, arguments: str, folder: Path, *more) -> subprocess.CompletedProcess:
     """A script as from the command line, but without starting Python and importing torch anew, which takes seconds."""
-    argv, out, error, status = [script, *arguments.split(), *map(str, more)], io.StringIO(), "", 0
+    argv, out, err, status = [script, *arguments.split(), *map(str, more)], io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = argv
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
-        error, status = ("", stop.code) if isinstance(stop.code, int) else (stop.code, 1)
+        status = stop.code if isinstance(stop.code, int) else print(stop.code, file=err) or 1
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), error)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def output_of(script: str, arguments: str, folder: Path, *more) -> str:

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     write_whole({"value": 7}, path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk, writing fails
     try:
-        with pytest.raises(OSError, match="make room") as error:
+        with pytest.raises(OSError, match="cannot write .*last.pt .*whole") as error:
             write_whole({"tensor": torch.zeros(300_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -152,7 +152,12 @@ def test_odd_but_sound_data_trains(tmp_path):
     (root / "query" / "notes.txt").write_text("hello")
     (root / "query" / "0001.jpg").write_bytes(b"of another pattern")
     flags = "--dataset folder --backbone tiny --batch-ids 9 --epochs 1 --data-root"
-    assert "epoch 1, composed prompt: mAP" in output_of("train.py", flags, tmp_path, root)
+    text = output_of("train.py", flags, tmp_path, root)
+    assert "epoch 1, composed prompt: mAP" in text and "2 files passed over (first: 0001.jpg)" in text
+    text = output_of("evaluate.py", "--json score.json --data-root", tmp_path, root)
+    assert "1 of 2 queries have no right picture in the gallery and are left out" in text
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert (score["queries_left_out"], score["files_passed_over"]) == (1, 2)
 
 
 def test_a_gallery_of_one_camera_cannot_be_scored(tmp_path):
@@ -204,13 +209,6 @@ def test_only_one_training_writes_to_a_folder(workplace):
     output_of("train.py", ONE_STEP + " --overwrite", workplace)
 
 
-@pytest.mark.parametrize("part", ["last.pt", "best.pt", "log.jsonl", "args.json"])
-def test_any_part_of_a_run_is_a_run(workplace, part):
-    (workplace / "runs/synthetic-tiny").mkdir(parents=True)
-    (workplace / "runs/synthetic-tiny" / part).write_text("{}")
-    refused(run("train.py", FLAGS, workplace), "holds a run", "--overwrite")
-
-
 def test_a_run_is_overwritten_when_the_new_one_is_saved_and_not_before(trained, workplace, monkeypatch):
     """A first step that fails leaves the old run as it was; other files stay, always."""
     folder = workplace / "runs/synthetic-tiny"
@@ -240,7 +238,7 @@ def test_an_old_folder_of_ones_own_is_left_alone(trained, workplace, monkeypatch
     shutil.rmtree(workplace / "runs/synthetic-tiny")
     monkeypatch.setattr(losses, "triplet_loss", lambda *arguments: torch.tensor(float("nan"), requires_grad=True))
     refused(run("train.py", ONE_STEP, workplace), "not finite")
-    assert old.read_text() == "mine" and not any((workplace / "runs/synthetic-tiny").iterdir())
+    assert old.read_text() == "mine" and list((workplace / "runs").iterdir()) == [old.parent]
 
 
 def test_a_run_set_aside_is_put_back_when_nothing_can_be_written(trained, workplace, monkeypatch):
@@ -255,17 +253,6 @@ def test_a_run_set_aside_is_put_back_when_nothing_can_be_written(trained, workpl
     refused(run("train.py", ONE_STEP + " --overwrite", workplace), "No space left")
     assert {path.name: path.read_bytes() for path in (workplace / "runs/synthetic-tiny").iterdir()} == before
     assert [path.name for path in (workplace / "runs").iterdir()] == ["synthetic-tiny"]
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [("--epochs 3", "has begun 4 epochs already"), ("--overwrite", "give one of them"), ("best", "can be scored, not")],
-)
-def test_what_cannot_be_resumed(trained, workplace, flags, words):
-    shutil.copytree(trained / "runs", workplace / "runs")
-    if flags == "best":
-        flags = shutil.copy(workplace / "runs/synthetic-tiny/best.pt", workplace / "runs/synthetic-tiny/last.pt") and ""
-    refused(run("train.py", f"{FLAGS} --resume {flags}", workplace), words)
 
 
 @pytest.mark.parametrize("seconds, saves", [(1, 1), (61, 3)])
@@ -291,15 +278,6 @@ def test_an_ignored_signal_stays_ignored(monkeypatch):
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_zeroed_bytes_in_a_checkpoint_are_noticed(trained, workplace):
-    content = bytearray((trained / "runs/synthetic-tiny/last.pt").read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 100] = bytes(100)
-    (workplace / "zeroed.pt").write_bytes(content)
-    torch.load(workplace / "zeroed.pt", weights_only=True)  # torch takes it
-    refused(run("evaluate.py", "--checkpoint zeroed.pt", workplace), "zeroed.pt is damaged")
 
 
 def test_training_needs_no_git(workplace, monkeypatch):

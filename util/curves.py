@@ -5,6 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from util.run import writing
+
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 
@@ -22,7 +24,8 @@ def draw_curves(log: list[dict], path: Path) -> None:
         }
         if any(curves.values()):
             draw_panel(ImageDraw.Draw(picture), 1200 * panel, title, curves)
-    picture.resize((1200, 420), Image.Resampling.LANCZOS).save(path)
+    with writing(path) as unfinished:
+        picture.resize((1200, 420), Image.Resampling.LANCZOS).save(unfinished)
 
 
 def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, curves: dict[str, list[tuple[int, float]]]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
+
+from util.run import read_whole
 
 CLOTHES = {
     "white": (225, 222, 214), "black": (38, 38, 44), "grey": (128, 130, 134), "red": (180, 44, 48),
@@ -290,6 +291,7 @@ def read_tiny_clip() -> tuple[dict[str, Tensor], Tensor]:
     """Weights in half precision, made by extras/pretrain.py, and the ids (N,) of the words that it has seen.
 
     The rows of "token_embedding.weight" are these words', and its positions are those of 128x64 pixels.
+    Raises FileNotFoundError or ValueError if the file is missing or damaged.
     """
-    saved = torch.load(TINY_CLIP, map_location="cpu", weights_only=True)
+    saved = read_whole(TINY_CLIP)
     return saved["model"], saved["words"]

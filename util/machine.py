@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,11 +31,18 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def path(text: str) -> Path:
+    """The type of a flag: ~ is the home folder, which the shell does not see in --flag=~/x; "" is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
+
+
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the scripts share: where the data are and what to compute with."""
     add = parser.add_argument_group("machine").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder of the datasets (%(default)s)")
+    add("--data-root", type=path, default=Path("data"), metavar="DIR", help="folder of the datasets (%(default)s)")
     add("--device", default=device, help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, help="(fp32 on a CPU; on CUDA bf16, or fp16 if the GPU has no bf16)")
     add("--workers", type=int, metavar="N", help="loader processes (0 on a CPU, up to 8 on CUDA)")
@@ -43,13 +51,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_device(args: argparse.Namespace) -> None:
     """Makes --device the current one. ValueError if it is not usable."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device} is not usable here: only cpu, cuda, cuda:0, cuda:1 and so on are")
+    device = torch.device(args.device)
     try:
-        device = torch.device(args.device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not usable here ({one_line(error)})") from error
+        raise ValueError(f"--device {args.device} is not usable here ({first_sentence(error)})") from error
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -68,6 +76,20 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         raise ValueError("--workers must be at least 0 and at most 256, --eval-batch-size at least 1")
     if args.precision == "fp16" and on_cpu:
         raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
+
+
+def check_output(flag: str, file: Path | None, suffix: str) -> None:
+    """ValueError or FileNotFoundError, before any work, if no file of this name is to be written; None is no file."""
+    if file is None:
+        return
+    if file.suffix != suffix:
+        raise ValueError(f"{flag} {file}: give a name that ends in {suffix}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{flag} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"{flag} {file} is a folder: give the name of a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{flag} {file}: you may not write there")
 
 
 def best_cuda_precision() -> str:
@@ -91,7 +113,7 @@ def cpu_warning(flops: float) -> str:
         torch.zeros(1, device="cuda")
         why = "it is usable: drop --device cpu"
     except (RuntimeError, AssertionError) as error:
-        why = one_line(error)
+        why = first_sentence(error)
     return f"WARNING: training on a CPU, which will take about {days:.1f} days or more; CUDA: {why}"
 
 
@@ -131,10 +153,17 @@ def require_gpus(args: argparse.Namespace) -> None:
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first."""
+    """Under torchrun: meets the other processes, takes a GPU of its own, and falls silent unless it is the first.
+
+    ValueError if --device names a certain GPU, or if there are fewer GPUs than processes.
+    """
     if "LOCAL_RANK" not in os.environ:
         return
-    if args.device.startswith("cuda"):
+    if args.device not in ("cpu", "cuda"):
+        raise ValueError(f"torchrun gives each process a GPU of its own: drop --device {args.device}")
+    if args.device == "cuda":
+        if processes_here() > torch.cuda.device_count():
+            raise ValueError(f"{processes_here()} processes, {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
@@ -199,7 +228,12 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fall_silent()
+
+
+def fall_silent() -> None:
+    """Standard output leads nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_progress(done: int, total: int, what: str) -> None:
@@ -214,6 +248,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def first_sentence(error: Exception) -> str:
+    """Of another library's message: its advice, which follows, is not for our users."""
+    return one_line(error).split(". ")[0]
+
+
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
     """Turns the GPU's out-of-memory error into a ValueError of one line that ends with this advice."""
@@ -225,10 +264,22 @@ def out_of_memory(advice: str) -> Iterator[None]:
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Runs a script; what a user can mend is one line on stderr and exit status 1, not a traceback."""
+    """Runs a script; what a user can mend is one line on stderr and exit status 1, not a traceback.
+
+    Ctrl-C is one line, too, and status 130. A reader that is gone (`| head`) has seen enough: silence, and status 141.
+    """
     try:
         main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        fall_silent()
+        sys.exit(141)
     except (OSError, ValueError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # by then torchrun has ended this process, if the first one failed and said so
         # A loader process wraps its error into a traceback, whose last line is the message.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.exit("error: " + lines[-1].removeprefix(f"{type(error).__name__}: "))

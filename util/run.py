@@ -4,6 +4,7 @@ A checkpoint is a dictionary of tensors and plain values, which train.py makes a
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,11 +15,12 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from util.machine import agree, one_line, rank, say
+from util.machine import agree, rank, say
 
 try:
     import fcntl  # the lock of a folder
@@ -26,6 +28,8 @@ except ImportError:  # Windows has another
     fcntl = None
 
 CHECKPOINT_VERSION = 2
+FIELDS = {"args": dict, "model": dict, "model_args": dict, "train_digest": str, "epoch": int}
+FIELDS_TO_RESUME = {"optimizer": dict, "scheduler": dict, "scaler": dict, "rows": list, "log": list, "best": float}
 # With other values of these flags a run may be resumed: none is of the method.
 FREE_FLAGS = ["data_root", "device", "workers", "eval_batch_size", "output", "resume", "overwrite", "log_every"]
 FREE_FLAGS += ["cache", "epochs", "eval_every"]
@@ -35,18 +39,29 @@ PARTS = ("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png")  # what a
 # -------------------------------------------------------------------------------------------- checkpoints
 
 
-def write_whole(value: dict, path: Path) -> None:
-    """torch.save beside and renamed, so that a file of this name is always whole. OSError if there is no room."""
-    unfinished = path.with_name(path.name + ".unfinished")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, renamed to it at the end, so that a file of this name is always whole.
+
+    Whatever happens, the other one does not stay. OSError, with `path`, if there is no room.
+    """
+    unfinished = path.with_stem(path.stem + ".unfinished")
     try:
-        with unfinished.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save says the second
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"cannot write {path} ({reason}); what was there before is whole") from error
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({one_line(error)}): make room; what was there before is whole") from error
+
+
+def write_whole(value: dict, path: Path) -> None:
+    """torch.save, `writing`."""
+    with writing(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_whole(path: Path) -> object:
@@ -62,6 +77,8 @@ def read_whole(path: Path) -> object:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # both raise whatever they stumble over in a file that is not their own
         raise ValueError(f"{path} is damaged, or holds other things than tensors: get it again") from error
 
@@ -77,10 +94,16 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(
             f"{path} is of version {checkpoint['version']}, this code reads {CHECKPOINT_VERSION}: train anew"
         )
-    missing = {"args", "model", "model_args", "train_digest", "epoch"} - checkpoint.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of train.py")
+    check_fields(path, checkpoint, FIELDS)
+    check_fields(path, checkpoint["args"], {"backbone": str, "dataset": str, "image_size": (list, tuple)})
     return checkpoint
+
+
+def check_fields(path: Path, fields: dict, kinds: dict) -> None:
+    """ValueError if part of a checkpoint lacks one of these fields, or has it of another type."""
+    wrong = [name for name, kind in kinds.items() if not isinstance(fields.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} has no {', no '.join(wrong)} as train.py writes them: it can't be used")
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
@@ -112,6 +135,7 @@ def find_run(args: argparse.Namespace) -> dict | None:
     checkpoint = load_checkpoint(last)
     if "optimizer" not in checkpoint:
         raise ValueError(f"{last} has no optimizer, as a best.pt has none: it can be scored, not resumed")
+    check_fields(last, checkpoint, FIELDS_TO_RESUME)
     begun = checkpoint["epoch"] + bool(checkpoint["rows"])
     if args.epochs < begun:
         raise ValueError(f"{last} has begun {begun} epochs already: give --epochs at least as many")
@@ -126,10 +150,10 @@ def find_run(args: argparse.Namespace) -> dict | None:
 class Folder:
     """The folder of a run, while training writes to it. Of several processes only the first one does anything.
 
-    No second training may write to it. A run that is overwritten is set aside in NAME.old: it is deleted when the new
-    one's first checkpoint is whole, and put back if anything fails before.
+    A run that is overwritten is set aside in NAME.old: it is deleted when the new one's first checkpoint is whole, and
+    put back if anything fails before.
 
-    Entering it raises ValueError if another training has it, or if a NAME.old is in the way.
+    Entering it raises ValueError if a NAME.old is in the way.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -142,8 +166,6 @@ class Folder:
 
     def __enter__(self) -> "Folder":
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.path)
             try:
                 if not self.is_saved:
                     self.set_aside()
@@ -178,12 +200,14 @@ class Folder:
     def write_log(self, log: list[dict]) -> None:
         """log.jsonl, a line for each record."""
         if rank() == 0:
-            (self.path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+            with writing(self.path / "log.jsonl") as unfinished:
+                unfinished.write_text("".join(json.dumps(record) + "\n" for record in log))
 
     def write_args(self) -> None:
         """args.json: the flags, and what they ran on."""
         about = {**settings_of(self.args), **provenance(self.args.device)}
-        (self.path / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        with writing(self.path / "args.json") as unfinished:
+            unfinished.write_text(json.dumps(about, indent=2) + "\n")
 
     def __exit__(self, error, *details) -> None:
         if rank() > 0:
@@ -195,8 +219,6 @@ class Folder:
             for part in self.old.iterdir():
                 part.rename(self.path / part.name)
             self.old.rmdir()
-        if self.lock is not None:
-            os.close(self.lock)
 
 
 def provenance(device: str) -> dict[str, str | None]:
@@ -215,22 +237,43 @@ def provenance(device: str) -> dict[str, str | None]:
     }
 
 
-def lock(folder: Path) -> int | None:
-    """An open folder that is this process's, where the system has such locks. ValueError if another one has it.
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """The folder of a run, made if need be, is this training's while it lasts, where the system has such locks.
 
-    It ends with the process and its loader processes, which outlive a killed one by some seconds.
+    It ends with the process and its loader processes, which outlive a killed one by some seconds. Folders that were
+    made for nothing do not stay. Of several processes only the first one does anything.
+    Raises ValueError if another training has it, OSError if it can't be made.
     """
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
+    if rank() > 0:
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder} ({error.strerror}): choose another --output") from error
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try_to_lock(handle, folder)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        with contextlib.suppress(OSError):  # a folder that holds something
+            for path in made:
+                path.rmdir()
+
+
+def try_to_lock(handle: int, folder: Path) -> None:
+    """ValueError if another training has locked the open folder."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(handle)
         raise ValueError(f"another training is writing to {folder}: wait for it, or choose another --output") from error
     except OSError:
         pass  # a file system without locks
-    return handle
 
 
 # ------------------------------------------------------------------------------------------------ signals

@@ -19,10 +19,14 @@ CACHE = "~/.cache/clip"  # where OpenAI's own package keeps its weights
 def download(url: str, folder: str | Path = CACHE) -> Path:
     """The path of a file, fetched on first use; the last folder of its address is its sha256, checked every time.
 
-    Raises ConnectionError if it can't be fetched, ValueError if the file that is there is another.
+    Raises ConnectionError if it can't be fetched, ValueError if the file that is there is another, or if there
+    is no home folder.
     """
     sha256, filename = url.split("/")[-2:]
-    path = Path(folder).expanduser() / filename
+    try:
+        path = Path(folder).expanduser() / filename
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder to keep {filename} in: give --clip-weights PATH") from error
     if path.is_file():
         if sha256_of(path) != sha256:
             raise ValueError(f"{path} is not OpenAI's file (its sha256 is wrong): delete it and run again")
@@ -67,8 +71,11 @@ def is_torchscript(path: Path) -> bool:
     """Whether torch would take it for a TorchScript archive: it has a record of this name."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # nor would torch take it for anything
 
 
 def sha256_of(path: Path) -> str:
