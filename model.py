@@ -17,6 +17,7 @@ from util.machine import one_line
 
 COMPOSED_PROMPT = "A photo of a S* person"
 SIMPLIFIED_PROMPT = "A photo of a person"
+S_STAR = -1  # stands for S* among token ids
 BACKBONES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}  # --backbone: CLIP's name for it
 
 
@@ -122,17 +123,11 @@ class PromptSG(nn.Module):
         self.classifier = nn.Linear(D, num_identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-        words = composed_prompt.split()
-        if words.count("S*") != 1:
-            raise ValueError(f"the composed prompt {composed_prompt!r} must have S* as one of its words, once")
-        before = " ".join(words[: words.index("S*")])
-        self.slot = 1 + len(tokenizer().encode(before))  # behind the start token and the tokens of "A photo of a"
-        composed = tokenize(" ".join("x" if word == "S*" else word for word in words))  # S* takes the place of a word
-        self.end = composed.argmax().item()
+        composed = tokenize_composed(composed_prompt)
         has_clips_words = self.clip.token_embedding.num_embeddings == tokenizer().size
-        if not has_clips_words or len(self.clip.positional_embedding) <= self.end:
+        if not has_clips_words or len(self.clip.positional_embedding) < composed.shape[1]:
             raise ValueError("this CLIP has another vocabulary than OpenAI's, or reads too few tokens for the prompt")
-        self.register_buffer("composed_ids", composed[:, : self.end + 1], persistent=False)  # (1, 8)
+        self.register_buffer("composed_ids", composed, persistent=False)  # (1, 8)
         with torch.no_grad():  # a frozen encoder gives a fixed text one feature for ever
             self.register_buffer("simplified_text", self.clip.encode_text(tokenize(SIMPLIFIED_PROMPT)))  # (1, D)
 
@@ -148,17 +143,17 @@ class PromptSG(nn.Module):
         """CLIP's own tau of Eq. 1, frozen with it: 0.01 in OpenAI's weights."""
         return 1 / self.clip.logit_scale.exp().item()
 
-    def compose(self, image: Tensor) -> Tensor:
+    def compose(self, image: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """l = T("A photo of a S* person"), S* = f(v): visual embeddings (B, D) -> text embeddings (B, D).
 
         The gradient passes through the frozen text encoder to S* and the inversion network.
+        token_ids: of another sentence with S*, (1, L), as `tokenize_composed` makes them.
         """
-        B = len(image)
-        words = self.clip.token_embedding(self.composed_ids).expand(B, -1, -1)  # (B, L, T)
+        ids = self.composed_ids if token_ids is None else token_ids  # (1, L)
+        words = self.clip.token_embedding(ids.clamp(min=0))  # (1, L, T)
         pseudo_word = self.inversion(image).unsqueeze(1).to(words.dtype)  # (B, 1, T)
-        words = torch.cat([words[:, : self.slot], pseudo_word, words[:, self.slot + 1 :]], dim=1)
-        end = torch.full((B,), self.end, device=image.device)
-        return self.clip.encode_embeddings(words, end)
+        words = torch.where((ids == S_STAR).unsqueeze(2), pseudo_word, words)  # (B, L, T)
+        return self.clip.encode_embeddings(words, ids.argmax(dim=1).expand(len(image)))
 
     def forward(self, images: Tensor) -> Output:
         """Normalised images (B, 3, H, W) -> what the losses need; prompts are composed if the model has the network."""
@@ -206,6 +201,17 @@ class PromptSG(nn.Module):
         visual = list(self.clip.visual.parameters())
         new = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("clip.")]
         return [{"params": visual, "lr": visual_lr}, {"params": new, "lr": new_lr}]
+
+
+def tokenize_composed(prompt: str) -> Tensor:
+    """Token ids (1, L) of a sentence, S_STAR in the place of S*. ValueError if S* is not one of its words, once."""
+    words = prompt.split()
+    if words.count("S*") != 1:
+        raise ValueError(f"the composed prompt {prompt!r} must have S* as one of its words, once")
+    before = tokenizer().encode(" ".join(words[: words.index("S*")]))
+    ids = tokenize(" ".join("x" if word == "S*" else word for word in words))  # S* takes the place of a word
+    ids[0, 1 + len(before)] = S_STAR  # behind the start token and the tokens of "A photo of a"
+    return ids[:, : ids.argmax() + 1]  # the end token has the highest id
 
 
 def count_learnable(model: nn.Module) -> int:

@@ -110,14 +110,11 @@ def new_model(**ablations) -> PromptSG:
 def table_5(repetitions: int, batch: int) -> None:
     images = torch.randn(batch, 3, 256, 128, device=DEVICE)
     none, one, two = new_model(blocks=0), new_model(blocks=1), new_model()
-    ids = clip.tokenize("A photo of a x person").to(DEVICE)
+    ids = torch.nn.functional.pad(two.composed_ids, (0, 77 - two.composed_ids.shape[1]))
 
     def composed_with_77_tokens():
         features = two.clip.encode_image(images)
-        words = two.clip.token_embedding(ids).repeat(batch, 1, 1)
-        words[:, two.slot] = two.inversion(features.embedding).to(words.dtype)
-        text = two.clip.encode_embeddings(words, torch.full((batch,), two.end, device=DEVICE))
-        two.bnneck(two.interact(features.tokens, text))
+        two.bnneck(two.interact(features.tokens, two.compose(features.embedding, ids)))
 
     ways = {
         "visual encoder alone": lambda: two.clip.encode_image(images),

@@ -1,4 +1,4 @@
-"""What tests/ablation.py and tests/readings.py share: rows of an experiment, trained, measured, printed as tables.
+"""What tests/ablation.py, readings.py and words.py share: rows of an experiment, trained, measured, printed as tables.
 
 A row is flags of train.py, and perhaps a patch of the model. Each is trained with each seed, a process a core, in a
 folder of its own below --output; what is found there is not done again. On the demo's people every seed has a drawing
@@ -220,8 +220,8 @@ class Arguments(argparse.Namespace):
         return self.data_root or drawing
 
 
-def run(tables: dict[str, list[Row]], description: str, output: str, print_table: Callable = print_table) -> None:
-    """The script: trains and measures what is not there yet, says how it goes, and prints the tables."""
+def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The flags of every experiment."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", default="synthetic", help="as train.py's (synthetic)")
@@ -230,17 +230,17 @@ def run(tables: dict[str, list[Row]], description: str, output: str, print_table
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as train.py's")
     add("--output", type=Path, default=Path(output), help=f"folder of all runs ({output})")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    add("--tables", nargs="+", choices=tables, default=list(tables), help="which tables (all)")
-    add("--rows", nargs="+", help="of these tables, only the rows of these names; other flags go to train.py")
-    args, handed_on = parser.parse_known_args(namespace=Arguments())
-    tables = {name: [row for row in tables[name] if row.name in (args.rows or [row.name])] for name in args.tables}
+    return parser
 
+
+def train_missing(rows: list[Row], args: argparse.Namespace, handed_on: list[str]) -> None:
+    """Draws, trains and measures what is not there yet, and says how it goes."""
     if args.dataset == "synthetic" and not args.data_root:
         for seed in args.seeds:
             if not args.root(seed).exists():
                 folder = args.root(seed) / "synthetic"
                 demo.draw_dataset(folder, data.MARKET_FOLDERS, train_ids=128, test_ids=192, seed=DRAWING + seed)
-    jobs = {row.key(seed): (row, seed) for seed in args.seeds for rows in tables.values() for row in rows}
+    jobs = {row.key(seed): (row, seed) for seed in args.seeds for row in rows}
     left = [job for key, job in jobs.items() if not (args.output / key / "result.json").exists()]
     processes = machine.count_cores() if args.device == "cpu" else 1
     if args.device == "cpu":
@@ -249,5 +249,16 @@ def run(tables: dict[str, list[Row]], description: str, output: str, print_table
         futures = [pool.submit(train_and_measure, row, seed, args, handed_on) for row, seed in left]
         for number, future in enumerate(as_completed(futures), 1):
             print(f"{number}/{len(left)} {future.result()}", file=sys.stderr, flush=True)
+
+
+def run(tables: dict[str, list[Row]], description: str, output: str, print_table: Callable = print_table) -> None:
+    """The script of the ablation and of the readings: trains what is missing, and prints the tables."""
+    parser = make_parser(description, output)
+    add = parser.add_argument
+    add("--tables", nargs="+", choices=tables, default=list(tables), help="which tables (all)")
+    add("--rows", nargs="+", help="of these tables, only the rows of these names; other flags go to train.py")
+    args, handed_on = parser.parse_known_args(namespace=Arguments())
+    tables = {name: [row for row in tables[name] if row.name in (args.rows or [row.name])] for name in args.tables}
+    train_missing([row for rows in tables.values() for row in rows], args, handed_on)
     for title, rows in tables.items():
         print_table(title, rows, args)

@@ -1,19 +1,23 @@
 """What stands on the six, and re-ranking and curves below them."""
 
 import argparse
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import words
+from conftest import output_of, refused, run
 from PIL import Image
 from test_evaluate import brute_force, random_problem
 
 import clip
 import data
 import evaluate
-from extras import export, look
-from util import curves
+from extras import export, look, search
+from model import PromptSG
+from util import curves, demo
 from util.rerank import k_reciprocal
 
 
@@ -113,12 +117,14 @@ def test_relevance_follows_its_definition(make_model, images):
         R = R + (A * dA).clamp(min=0)[0].mean(dim=0) @ R
     R = R + torch.diag(last) @ R
     expected = (R - torch.eye(9)).mean(dim=0)
-    torch.testing.assert_close(look.relevance(model, images, "simplified")[0], expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        look.relevance(model, images, "simplified", look.likeness_to_prompt)[0], expected, rtol=1e-5, atol=1e-8
+    )
 
 
 def test_relevance_leaves_no_gradients_behind(make_model, images):
     model = make_model().eval()
-    found = look.relevance(model, images, "composed")
+    found = look.relevance(model, images, "composed", look.likeness_to_prompt)
     assert found.shape == (8, 9) and found.isfinite().all() and (found >= 0).all()
     assert all(p.grad is None for p in model.parameters())
     assert not any(
@@ -126,24 +132,69 @@ def test_relevance_leaves_no_gradients_behind(make_model, images):
     )
 
 
-def test_attention_on_the_person_is_measured(make_model, demo_root, monkeypatch):
+@pytest.mark.parametrize("ablations", [{}, {"interaction": False, "inversion": False}])
+def test_relevance_for_v_is_the_class_tokens_row_of_the_encoder(make_model, images, ablations):
+    """Chefer's rule over the encoder's layers alone; the baseline has no others, and its z is v."""
+    model = make_model(**ablations).eval()
+    text = F.normalize(torch.randn(8, 128), dim=1)
+    layers = [block.attn for block in model.clip.visual.transformer.resblocks]
+    for layer in layers:
+        layer.keep_probabilities = True
+    similarity = F.cosine_similarity(model.clip.encode_image(images).embedding, text).sum()
+    maps = [layer.probabilities for layer in layers]
+    R = torch.eye(9).expand(8, 9, 9)
+    for A, gradient in zip(maps, torch.autograd.grad(similarity, maps)):
+        R = R + (A * gradient).detach().clamp(min=0).mean(dim=1) @ R
+    expected = (R - torch.eye(9))[:, 0]
+    torch.testing.assert_close(look.words_relevance(model, images, text), expected)
+    if not model.interaction:
+        found = look.relevance(model, images, "simplified", lambda v, z, l: F.cosine_similarity(z, text))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_person_is_known_by_its_other_pictures(make_model, demo_root, monkeypatch):
+    """The target is the mean over the same person's other pictures, not the picture's own."""
+    dataset, model, targets = data.load_dataset("synthetic", demo_root), make_model().eval(), []
+    model.bnneck = torch.nn.Identity()
+    pool = dataset.query + dataset.gallery
+    own = [other.pid == pool[3].pid for other in pool]
+    monkeypatch.setattr(evaluate, "extract", lambda embed, samples, args: torch.eye(len(samples)))
+
+    def record(model, images, prompt, target):
+        targets.append(target(None, torch.eye(sum(own)), None))
+        return torch.zeros(1, 9)
+
+    monkeypatch.setattr(look, "relevance", record)
+    args = argparse.Namespace(image_size=(64, 32), workers=0, device="cpu", prompt="composed")
+    assert look.identity_relevance(model, [pool[3]], pool, args).shape == (1, 8)
+    others = torch.tensor([other != pool[3] for other, is_own in zip(pool, own) if is_own])
+    torch.testing.assert_close(targets[0], others / 7)
+
+
+def test_attention_on_the_person_is_measured(demo_root):
     """A map on the person is all inside; one that avoids it is outside; an even one is at the area's share."""
-    dataset, model = data.load_dataset("synthetic", demo_root), make_model().eval()
-    model.clip.grid = (16, 8)
-    args = argparse.Namespace(image_size=(64, 32), eval_batch_size=7, workers=0, device="cpu", precision="fp32")
+    dataset = data.load_dataset("synthetic", demo_root)
     inside = look.person_shares(dataset, dataset.query, (16, 8))
     assert inside.shape == (len(dataset.query), 128) and 0.1 < inside.mean() < 0.6
-    whole = (inside >= 0.9).float()
-    maps = {"person": whole, "background": (inside == 0).float() + 1e-9, "even": torch.ones_like(inside)}
-    results = {}
-    for name, chosen in maps.items():
-        answers = iter(torch.cat([torch.zeros(len(chosen), 1), chosen], dim=1).split(7))
-        monkeypatch.setattr(model, "attention_map", lambda images, prompt, answers=answers: next(answers))
-        results[name] = look.attention_inside(model, dataset, "simplified", args)
-    area = inside.mean().item()
-    assert results["even"][0] == pytest.approx(area) and results["even"][2] == pytest.approx(area)
-    assert results["background"][0] < 0.01 and results["background"][1] == 0
-    assert results["person"][0] > 0.9 and results["person"][1] == 1
+    share, peak = look.inside_and_peak((inside >= 0.9).float(), inside)
+    assert share > 0.9 and peak == 1
+    share, peak = look.inside_and_peak((inside == 0).float(), inside)
+    assert share == 0 and peak == 0
+    assert look.inside_and_peak(torch.ones_like(inside), inside)[0] == pytest.approx(inside.mean().item())
+
+
+def test_parts_are_where_their_colours_are():
+    """Each inside the person's mask, none on another, none where there is no such thing, all as the picture shows."""
+    for pid in range(1, 13):
+        person, camera = demo.person_of(pid)._replace(pattern="plain"), pid % 4 + 1
+        picture, mask = demo.draw_sample(person, camera, demo.picture_numbers(pid, 0))
+        parts = {part: demo.draw_part(person, part, camera, demo.picture_numbers(pid, 0)) for part in demo.PARTS}
+        parts = {part: np.asarray(found) >= 200 for part, found in parts.items()}
+        assert not (sum(found.astype(int) for found in parts.values()) > (np.asarray(mask) >= 128)).any()
+        assert parts["hat"].any() <= bool(person.hat) and parts["bag"].any() <= (person.bag != "none")
+        for part, colour in (("top", person.top), ("legs", person.bottom)):
+            seen = np.median(np.asarray(picture)[parts[part]], axis=0)
+            assert np.abs(seen - np.multiply(colour, np.mean(seen) / np.mean(colour))).max() < 25
 
 
 # ---------------------------------------------------------------------------------------------------- drawings
@@ -210,3 +261,106 @@ def test_the_exported_model_is_the_model(make_model, tmp_path, capsys, ablations
     found = torch.export.load(tmp_path / "model.pt2").module()(pictures)
     torch.testing.assert_close(found, model.embed(data.normalize(pictures), "simplified"), atol=1e-5, rtol=0)
     assert (tmp_path / "model.pt2").stat().st_size < 12e6  # the text encoder stays behind
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+CHECKPOINT = "--checkpoint runs/synthetic-tiny/last.pt"
+
+
+def test_figure_4_draws_each_run_on_the_same_people(trained):
+    """Picture, original and two runs, of a training and of a gallery person a row; and measures them."""
+    text = output_of("extras/look.py", "--count 4 --figure-4 runs/synthetic-tiny runs/synthetic-tiny/best.pt", trained)
+    for name in ("original", "synthetic-tiny", "synthetic-tiny/best"):
+        assert re.search(rf"relevance on the person, {name}: \d+\.\d% of it, its peak in", text)
+    assert "2 training people and 2 gallery people, chosen at random (seed 0)" in text
+    assert Image.open(trained / "look/figure-4-1.png").size == (6 + 8 * 142, 6 + 2 * 294)
+
+
+def test_people_are_chosen_one_picture_each(demo_root):
+    dataset = data.load_dataset("synthetic", demo_root)
+    chosen = look.choose_people(dataset.train, 5)
+    assert len({sample.pid for sample in chosen}) == 5 and chosen == look.choose_people(dataset.train, 5)
+    assert len(look.choose_people(dataset.train, 99)) == 20
+    with pytest.raises(ValueError, match="nobody in this dataset has several pictures"):
+        look.choose_people(dataset.train[:1], 5)
+
+
+def test_look_shows_words_and_says_what_s_star_is(trained):
+    output_of("extras/look.py", f"{CHECKPOINT} --count 2 --words top", trained, "blue skirt")
+    assert Image.open(trained / "look/words-1.png").size == (6 + 3 * 142, 6 + 2 * 294)
+    output_of("extras/look.py", "--backbone tiny --images data/synthetic/query --words top --output start", trained)
+    text = output_of("extras/look.py", f"{CHECKPOINT} --count 3 --s-star", trained, "red top", "a hat")
+    lines = re.findall(r"^\S+\.jpg: (?:red top|a hat) -?0\.\d\d, (?:red top|a hat) -?0\.\d\d$", text, re.MULTILINE)
+    assert len(lines) == 3 and Image.open(trained / "look/s-star-1.png").size == (6 + 2 * 142, 6 + 3 * 294)
+
+
+@pytest.mark.parametrize("flags", [CHECKPOINT, "--backbone tiny"])
+def test_search_by_words_and_by_both(trained, demo_root, flags):
+    """What it prints are cosines of v to T(sentence), to v, or to their mean; the best ten, with and without a run."""
+    folder, picture = demo_root / "synthetic/bounding_box_test", sorted((demo_root / "synthetic/query").iterdir())[0]
+    sentence = "a person with red top"
+    args = search.parse_args(["--images", str(folder), "--workers", "0", "--precision", "fp32", *flags.split()])
+    args.checkpoint = args.checkpoint and trained / args.checkpoint
+    model, _ = look.load_model(args)
+    samples = look.find_pictures([picture, folder])
+    v = F.normalize(evaluate.extract(lambda images: model.clip.encode_image(images).embedding, samples, args), dim=1)
+    text = F.normalize(model.clip.encode_text(clip.tokenize(f"A photo of {sentence}")), dim=1)[0].detach()
+    ways = {"words": text, "both": F.normalize(v[0] + text, dim=0), "picture": v[0]}
+    for way, query in ways.items():
+        chosen = (["--query", picture] if way != "words" else []) + (["--words", sentence] if way != "picture" else [])
+        printed = output_of("extras/search.py", f"{flags} --images {folder}", trained, *chosen)
+        found = [float(value) for value in re.findall(r"^(-?\d\.\d{3})  \S+\.jpg$", printed, re.MULTILINE)]
+        if way == "picture" and flags == CHECKPOINT:
+            assert "space: retrieval features, BN(z), composed prompt" in printed
+        else:
+            assert "space: CLIP's joint space, v" in printed
+            assert found == pytest.approx((v[1:] @ query).topk(10).values.tolist(), abs=6e-4)
+    drawn = [Image.open(trained / f"search-{name}-1.png").width for name in ("a-person-with-red-top", picture.stem)]
+    assert drawn == [6 + 11 * 142] * 2
+    assert Image.open(trained / f"search-{picture.stem}-a-person-with-red-top-1.png").width == 6 + 12 * 142
+
+
+def test_what_tests_words_py_measures(make_model):
+    """A change is of one piece; a feature that is the sentence of a person's own colours names them."""
+    for pid in range(1, 9):
+        before, after = demo.describe(demo.person_of(pid, 5)), words.change(pid, 5).words
+        assert after not in before.values()
+        assert after.split()[1] in [word.split()[1] for word in before.values()]
+    model = make_model().eval()
+    samples = [data.Sample(None, pid, 1) for pid in range(1, 9)]
+    tops = look.encode_words(model, [demo.describe(demo.person_of(pid, 5))["top"] for pid in range(1, 9)])
+    assert words.own_colours(tops, samples, model, 5)["top"] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "script, flags, more, message",
+    [
+        ("search", "--images data", [], "give --query PICTURE, --words WORDS or --features FILE.npz"),
+        ("search", "--images data --words", [" "], "--words is empty"),
+        ("search", "--images data --words", ["red " * 80], "85 tokens long; CLIP reads 77"),
+        ("search", "--images nothing --words top", [], "no pictures in nothing"),
+        ("search", "--images data --query notes.jpg", [], "cannot read the picture notes.jpg"),
+        ("search", f"--images data --words top --backbone tiny {CHECKPOINT}", [], "give one of them"),
+        ("search", "--images data --words top --clip-weights x.pt", [], "--clip-weights are those of --backbone"),
+        ("search", "--images data --words top --backbone vit --clip-weights x.pt", [], "no weight file x.pt"),
+        ("look", "--words top --s-star", [], "give one of them"),
+        ("look", "--words", ["top", ""], "one of them is empty"),
+        ("look", "--s-star", ["red " * 80], "tokens long"),
+        ("look", "--backbone tiny", [], "has only --words to look for"),
+        ("look", "--figure-4 nothing", [], "no checkpoint nothing/last.pt"),
+        ("look", "--figure-4 runs/synthetic-tiny --images data", [], "drop --images and --checkpoint"),
+    ],
+)
+def test_words_that_make_no_sense(trained, script, flags, more, message):
+    (trained / "nothing").mkdir(exist_ok=True)
+    (trained / "notes.jpg").write_text("no picture")
+    refused(run(f"extras/{script}.py", flags, trained, *more), message)
+
+
+def test_a_model_without_what_it_takes_says_so(make_model, images):
+    resnet = PromptSG(clip.untrained("RN50", (64, 32)), 2).eval()
+    with pytest.raises(ValueError, match="this model's visual encoder is a ResNet"):
+        look.words_relevance(resnet, images, resnet.simplified_text)
+    with pytest.raises(ValueError, match="--s-star needs the inversion network"):
+        look.look_at_words(make_model(inversion=False), look.parse_args(["--s-star"]))

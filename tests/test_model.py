@@ -7,7 +7,7 @@ import clip
 import data
 import losses
 import train
-from model import COMPOSED_PROMPT, SIMPLIFIED_PROMPT, InteractionModule, PromptSG, count_learnable
+from model import COMPOSED_PROMPT, SIMPLIFIED_PROMPT, InteractionModule, PromptSG, count_learnable, tokenize_composed
 
 
 def text_parameters(model: PromptSG) -> dict[str, torch.Tensor]:
@@ -76,7 +76,10 @@ def test_s_star_takes_the_place_of_a_word(make_model, images):
     with torch.no_grad():
         text = model.compose(torch.zeros(2, 128))
         expected = model.clip.encode_text(clip.tokenize("A photo of a tall person"))
+        other = model.compose(torch.zeros(2, 128), tokenize_composed("A S* person with a green top"))
+        other_expected = model.clip.encode_text(clip.tokenize("A tall person with a green top"))
     torch.testing.assert_close(text, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other, other_expected.expand(2, -1), atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_without_one_slot_or_too_long_are_refused(make_model):

@@ -20,7 +20,8 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate}
 SCRIPTS |= {
-    f"extras.{name}": importlib.import_module(f"extras.{name}") for name in ("look", "search", "export", "gate")
+    f"extras.{name}": importlib.import_module(f"extras.{name}")
+    for name in ("look", "search", "export", "pretrain", "gate")
 }
 PLACEHOLDER = re.compile(r"\b(DATASET|BACKBONE|FLAGS|NAME|PROMPT)\b")
 

@@ -74,6 +74,11 @@ def person_of(pid: int, seed: int = 0) -> Person:
     return random_person(random.Random(f"{seed} person {pid}"))
 
 
+def picture_numbers(pid: int, number: int, seed: int = 0) -> random.Random:
+    """The random numbers that `draw_dataset` draws an identity's picture with."""
+    return random.Random(f"{seed} picture {pid} {number}")
+
+
 def describe(person: Person) -> dict[str, str]:
     """What words say of a person: "top", "legs", and "hat" and "bag" where there is one."""
     words = {"top": f"{COLOURS[person.top]} top", "legs": f"{COLOURS[person.bottom]} {person.legwear}"}
@@ -177,22 +182,19 @@ def draw_background(camera: int, rng: random.Random) -> Image.Image:
     return picture
 
 
-def draw_sample(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """One picture by a camera, RGB, of a person or of nobody, and where the person is visible, L (0 or 255).
-
-    Both are 128 x 256.
+def draw_scene(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """A place with a person or nobody, and something in front of them perhaps, as no camera has seen it yet: RGB, and
+    what is visible of the person alone on a transparent ground: RGBA. Both are 256 x 512.
     """
-    view = random.Random(f"view {camera}")
-    gains = [view.uniform(0.94, 1.06) for _ in range(3)]
-    light, distance = view.uniform(0.85, 1.05), view.uniform(0.86, 0.98)
-    picture, mask = draw_background(camera, rng), Image.new("L", (256, 512))
+    distance = camera_view(camera)[2]
+    picture, visible = draw_background(camera, rng), Image.new("RGBA", (256, 512))
     if person:
         scale = distance * rng.uniform(0.95, 1.05)
         figure = draw_person(person, rng).resize((round(256 * scale), round(512 * scale)), Image.Resampling.BILINEAR)
         x = (256 - figure.width) // 2 + rng.randint(-16, 16)
         y = (512 - figure.height) // 2 + rng.randint(-14, 14)
-        picture.paste(figure, (x, y), figure)
-        mask.paste(255, (x, y), figure.getchannel("A"))
+        visible.paste(figure, (x, y))
+        picture.paste(visible, mask=visible)
     if rng.random() < 0.2:  # something in front: a post, or a box from below
         if rng.random() < 0.5:
             left = rng.randint(20, 200)
@@ -201,14 +203,46 @@ def draw_sample(person: Person | None, camera: int, rng: random.Random) -> tuple
             left = rng.randint(-60, 120)
             box = [left, rng.randint(300, 420), left + rng.randint(90, 200), 512]
         ImageDraw.Draw(picture).rectangle(box, fill=rng.choice(list(CLOTHES.values())))
-        ImageDraw.Draw(mask).rectangle(box, fill=0)
+        ImageDraw.Draw(visible).rectangle(box, fill=(0, 0, 0, 0))
+    return picture, visible
+
+
+def camera_view(camera: int) -> tuple[list[float], float, float]:
+    """How a camera sees: the gains of its colour channels, its light, and how large people are to it."""
+    view = random.Random(f"view {camera}")
+    return [view.uniform(0.94, 1.06) for _ in range(3)], view.uniform(0.85, 1.05), view.uniform(0.86, 0.98)
+
+
+def draw_sample(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """One picture by a camera, RGB, of a person or of nobody, and where the person is visible, L (0 or 255).
+
+    Both are 128 x 256.
+    """
+    picture, visible = draw_scene(person, camera, rng)
+    gains, light, _ = camera_view(camera)
     exposure = light * rng.uniform(0.9, 1.1)
     tables = [min(255, round(value * gain * exposure)) for gain in gains for value in range(256)]
     picture = picture.point(tables).resize((128, 256), Image.Resampling.BOX)
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 7), (256, 128, 3))
     picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
-    return picture, mask.resize((128, 256), Image.Resampling.NEAREST)
+    return picture, visible.getchannel("A").resize((128, 256), Image.Resampling.NEAREST)
+
+
+PARTS = {"top": ("top", "pattern_colour"), "legs": ("bottom",), "hat": ("hat",), "bag": ("bag_colour",)}
+
+
+def draw_part(person: Person, part: str, camera: int, rng: random.Random) -> Image.Image:
+    """Where one of PARTS is visible in what `draw_sample` draws with the same random numbers: L, 128 x 256.
+
+    The scene once more, the part white and the rest of the person black.
+    """
+    names = ("skin", "hair", "hat", "top", "pattern_colour", "bottom", "shoes", "bag_colour")
+    colours = {name: (255,) * 3 if name in PARTS[part] else (0,) * 3 for name in names if getattr(person, name)}
+    _, visible = draw_scene(person._replace(**colours), camera, rng)
+    mask = Image.new("L", visible.size)
+    mask.paste(visible.convert("L"), mask=visible)
+    return mask.resize((128, 256), Image.Resampling.NEAREST)
 
 
 def draw_dataset(
@@ -232,7 +266,7 @@ def draw_dataset(
 
         def save(pid: int, number: int, person: Person, subfolder: str) -> None:
             camera = number % cameras + 1
-            picture, mask = draw_sample(person, camera, random.Random(f"{seed} picture {pid} {number}"))
+            picture, mask = draw_sample(person, camera, picture_numbers(pid, number, seed))
             name = f"{pid:04d}_c{camera}s1_{number:06d}_00"
             picture.save(unfinished / subfolder / f"{name}.jpg", quality=90)
             mask.save(unfinished / "masks" / f"{name}.png")
