@@ -20,6 +20,7 @@ import clip
 import data
 import evaluate
 import train
+from model import S_STAR
 from util import demo
 from util.pictures import open_picture
 
@@ -224,10 +225,10 @@ def test_a_path_is_not_empty_and_may_begin_at_home(monkeypatch):
 
 @pytest.mark.parametrize("prompt", ["a S*x S* man", "S*", "A  photo of a S*  person"])
 def test_s_star_is_the_word_that_is_replaced(make_model, prompt):
-    model, encode = make_model(composed_prompt=prompt), clip.tokenizer().encode
+    encode = clip.tokenizer().encode
     before, after = (encode(part) for part in f" {' '.join(prompt.split())} ".split(" S* "))
-    ids = model.composed_ids[0].tolist()
-    assert ids[1 : model.slot] == before and ids[model.slot + 1 : model.end] == after
+    ids = make_model(composed_prompt=prompt).composed_ids[0].tolist()
+    assert ids[1:-1] == [*before, S_STAR, *after]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
