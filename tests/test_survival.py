@@ -203,7 +203,8 @@ def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(workplace, number)
 
 def test_only_one_training_writes_to_a_folder(workplace):
     process = start(workplace, "epoch 1/4  step 1/")
-    refused(run("train.py", FLAGS + " --overwrite", workplace), "another training is writing to runs/synthetic-tiny")
+    for flag in ("--overwrite", "--resume"):  # before last.pt, which that one may be about to replace, is read
+        refused(run("train.py", f"{FLAGS} {flag}", workplace), "another training is writing to runs/synthetic-tiny")
     process.kill()
     process.wait()
     output_of("train.py", ONE_STEP + " --overwrite", workplace)
