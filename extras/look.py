@@ -395,11 +395,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("-m extras.look", "Draw what a trained PromptSG sees.")
     add = parser.add_argument
-    add("--images", type=Path, nargs="+", metavar="PATH", help="your own pictures, files or folders (queries)")
-    add("--figure-4", type=Path, nargs="+", metavar="RUN", help="what runs (folders, checkpoints) know people by")
+    add("--images", type=machine.path, nargs="+", metavar="PATH", help="your own pictures, files or folders (queries)")
+    add("--figure-4", type=machine.path, nargs="+", metavar="RUN", help="what runs, folders or files, know people by")
     add("--words", nargs="+", metavar="WORDS", help='where words are, as in "A photo of a person with WORDS"')
     add("--s-star", nargs="*", metavar="WORDS", help="which words S* is nearest to (of colours and clothes)")
-    add("--output", type=Path, default=Path("look"), metavar="DIR", help="folder of the drawings (look)")
+    add("--output", type=machine.path, default=Path("look"), metavar="DIR", help="folder of the drawings (look)")
     add("--count", type=int, default=8, metavar="N", help="how many queries, or people, to draw (8)")
     add("--queries", choices=("worst", "random"), default="worst", help="which queries to draw (worst)")
     add("--rerank", action="store_true", help="rank with k-reciprocal re-ranking")
@@ -418,6 +418,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--figure-4, --words and --s-star are drawings of their own: give one of them")
     if args.figure_4 and (args.images or args.checkpoint):
         raise ValueError("--figure-4 names its runs and takes people of their dataset: drop --images and --checkpoint")
+    if args.rerank and (args.images or args.figure_4 or args.words or args.s_star is not None):
+        raise ValueError("--rerank is for the ranked lists of a dataset's queries: drop it")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file: give the name of a folder")
     words = [*(args.words or ()), *(args.s_star or ())]
     if not all(map(str.strip, words)):
         raise ValueError("--words and --s-star take words, and one of them is empty")

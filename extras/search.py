@@ -42,10 +42,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Every setting and its meaning."""
     parser = machine.make_parser("-m extras.search", "Find people in your own pictures.")
     add = parser.add_argument
-    add("--images", type=Path, nargs="+", metavar="PATH", required=True, help="files or folders to search in")
-    add("--query", type=Path, metavar="PICTURE", help="print and draw the ten most like this one")
+    add("--images", type=machine.path, nargs="+", metavar="PATH", required=True, help="files or folders to search in")
+    add("--query", type=machine.path, metavar="PICTURE", help="print and draw the ten most like this one")
     add("--words", help='the same by words, as in "A photo of WORDS"; with --query, by both')
-    add("--features", type=Path, metavar="FILE.npz", help="write the names and features of all of them there")
+    add("--features", type=machine.path, metavar="FILE.npz", help="write the names and features of all of them there")
     look.add_model_flags(parser)
     return parser.parse_args(argv)
 

@@ -131,6 +131,8 @@ ROWS = [
     (SEARCH, "--images .", "nothing to do: give --query"),
     (EXPORT, "--device gpu", "--device gpu is not usable here"),
     (LOOK, "--count 0", "--count must be at least 1"),
+    (LOOK, "--images . --rerank", "--rerank is for the ranked lists"),
+    (LOOK, "--output picture.png", "--output picture.png is a file"),
     ("--lr-new nan", "--lr-new must be more than 0"),
     ("--seed 99999999999999999999", "--seed must be at least 0 and less than 2**32"),
     ("--lr-visual inf", "--lr-visual must be more than 0"),
