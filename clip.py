@@ -138,7 +138,7 @@ class Attention(nn.Module):
         B, N, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W / heads)
-        if self.keep_probabilities:  # in the open, for who wants to see it; not causal
+        if self.keep_probabilities:  # the same in the open, for extras/look.py; never causal
             self.probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, N, N), with its gradient
             x = self.probabilities @ v
         else:

@@ -4,7 +4,6 @@ A reader turns an owner's folder into a Dataset of three lists of Samples. In a 
 ("person id") and camid the camera, both as the owner numbers them; in `train`, pids are relabelled to 0 .. K-1.
 """
 
-import hashlib
 import math
 import os
 import random
@@ -167,12 +166,6 @@ def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample],
 
     train = read_list("list_train.txt", train_folder) + read_list("list_val.txt", train_folder)
     return train, read_list("list_query.txt", test_folder), read_list("list_gallery.txt", test_folder), []
-
-
-def digest(samples: list[Sample]) -> str:
-    """One number for the identities and file names of a subset, by which a resumed run knows its training data."""
-    lines = sorted(f"{sample.pid} {sample.path.name}" for sample in samples)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def summary(dataset: Dataset) -> str:

@@ -5,21 +5,18 @@ python evaluate.py --prompt simplified   "A photo of a person" for everybody: th
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import data
 from model import PromptSG, restore_model
 from util import machine
-from util.machine import show_progress
 from util.rerank import k_reciprocal
-from util.run import load_checkpoint, newest_checkpoint, writing
+from util.run import load_checkpoint, newest_checkpoint, write_arrays, write_json
 
 SCORES = ("mAP", "rank1", "rank5", "rank10")
 
@@ -65,7 +62,6 @@ def rank_metrics(
     ap = query.new_full((len(query),), torch.nan, dtype=torch.double)
     first_ranks = []
     chunk = 1 + 2**25 // (1 + len(gallery))  # 128 MB of similarities at a time
-    begun = time.perf_counter()
     for begin in range(0, len(query), chunk):
         end = min(begin + chunk, len(query))
         table = similarities(begin, end)[:, order] if similarities else query[begin:end] @ gallery.T  # (chunk, G)
@@ -81,8 +77,7 @@ def rank_metrics(
             right_until = torch.arange(1, len(right) + 1, device=right.device)
             ap[i] = (right_until / (right_until + wrong_before)).double().mean()
             first_ranks.append(wrong_before[0])
-        if time.perf_counter() - begun > 5:
-            show_progress(end, len(query), "queries ranked")
+        machine.show_progress(end, len(query), "queries ranked")
     if not first_ranks:
         raise ValueError("no query has a picture of its identity by another camera in the gallery: nothing to score")
     cmc = torch.stack(first_ranks).bincount(minlength=len(gallery)).cumsum(0) / len(first_ranks)
@@ -99,13 +94,13 @@ def extract(embed: Callable[[Tensor], Tensor], samples: list[data.Sample], args:
     The pictures are dealt out to the processes in turn; every process returns the features of all of them.
     args: image_size, eval_batch_size, workers, device, precision, as the scripts' flags of these names.
     """
-    even = samples + samples[:1] * (-len(samples) % machine.world_size())
-    own = even[machine.rank() :: machine.world_size()]
+    padded = samples + samples[:1] * (-len(samples) % machine.world_size())
+    own = padded[machine.rank() :: machine.world_size()]
     features = []
     for images, _ in data.test_loader(own, args.image_size, args.eval_batch_size, args.workers):
         with machine.autocast(args), machine.out_of_memory("a smaller --eval-batch-size changes no score"):
             features.append(embed(data.normalize(images.to(args.device, non_blocking=True))).float())
-        show_progress(sum(map(len, features)), len(own), "pictures")
+        machine.show_progress(sum(map(len, features)), len(own), "pictures")
     in_turn = machine.gather(torch.cat(features)).unflatten(0, (machine.world_size(), len(own))).transpose(0, 1)
     return in_turn.flatten(0, 1)[: len(samples)]
 
@@ -121,8 +116,8 @@ def metrics_of(query: Tensor, gallery: Tensor, dataset: data.Dataset, similariti
     gallery_ids, gallery_cams = labels_of(dataset.gallery, query.device)
     metrics = rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, similarities)
     cmc = metrics["cmc"]
-    metrics["queries_left_out"] = int(metrics["ap"].isnan().sum())
-    return {**metrics, **{f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}}
+    ranks = {f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}
+    return {**metrics, **ranks, "queries_left_out": int(metrics["ap"].isnan().sum())}
 
 
 def score(model: PromptSG, dataset: data.Dataset, prompt: str, args: argparse.Namespace) -> dict:
@@ -159,14 +154,7 @@ def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Te
         arrays[f"{subset}_names"] = [sample.path.name for sample in samples]
         arrays[f"{subset}_ids"], arrays[f"{subset}_cams"] = labels_of(samples, "cpu").numpy()
         arrays[f"{subset}_features"] = features.cpu().numpy()
-    write_arrays(path, arrays)
-
-
-def write_arrays(path: Path, arrays: dict) -> None:
-    """An .npz file."""
-    with writing(path) as unfinished:
-        np.savez(unfinished, **arrays)
-    print(f"features written to {path}: arrays {', '.join(arrays)}")
+    write_arrays(arrays, path)
 
 
 # --------------------------------------------------------------------------------------------------- speed
@@ -269,15 +257,10 @@ def main(argv: list[str] | None = None) -> None:
     if not machine.leave_processes():
         return
     print(f"{args.dataset}, {args.prompt} prompt: {describe(result)}")
-    report = {name: result[name] for name in (*SCORES, "images_per_second")}
-    report["prompt"] = args.prompt
-    report["dataset"] = args.dataset
-    report["dataset_version"] = dataset.version
+    report = {name: result[name] for name in (*SCORES, "images_per_second", "queries_left_out")}
+    report |= {name: str(getattr(args, name)) for name in ("prompt", "dataset", "precision", "checkpoint")}
+    report |= {"dataset_version": dataset.version, "files_passed_over": len(dataset.passed_over)}
     report["trained_on"] = settings["dataset"]
-    report["queries_left_out"] = result["queries_left_out"]
-    report["files_passed_over"] = len(dataset.passed_over)
-    report["precision"] = args.precision
-    report["checkpoint"] = str(args.checkpoint)
     if args.rerank is not None:
         N = len(dataset.query) + len(dataset.gallery)
         print(f"re-ranking compares {N:,} pictures with each other: about {0.3 + 8e-6 * N:.1f} GB besides the features")
@@ -286,8 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.dataset}, {args.prompt} prompt, re-ranked: {describe(reranked)}")
         report["reranked"] = {name: reranked[name] for name in SCORES}
     if args.json:
-        with writing(args.json) as unfinished:
-            unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(report, args.json)
     if args.features:
         write_features(args.features, dataset, result["query"], result["gallery"])
     print(describe_speed(measure_speed(model, args)))

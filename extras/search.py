@@ -22,6 +22,7 @@ import evaluate
 from extras import look
 from extras.look import TILE, tile
 from util import machine
+from util.run import write_arrays
 
 
 def draw_search(head: list[Tensor], samples: list[data.Sample], similarity: Tensor, stem: Path) -> None:
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     queries, features = evaluate.extract(embed, query + samples, args).split([len(query), len(samples)])
     if args.features:
         names = [str(sample.path) for sample in samples]
-        evaluate.write_arrays(args.features, {"images_names": names, "images_features": features.cpu().numpy()})
+        write_arrays({"images_names": names, "images_features": features.cpu().numpy()}, args.features)
     head = [tile(data.read_picture(sample.path, TILE), "query") for sample in query]
     if args.words:
         text = look.encode_sentences(model, [sentence(args.words)])

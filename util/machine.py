@@ -78,6 +78,14 @@ def check_machine_flags(args: argparse.Namespace) -> None:
         raise ValueError("--precision fp16 needs CUDA: use fp32 or bf16")
 
 
+def check_compile() -> None:
+    """ValueError if --compile does not work here."""
+    if world_size() > 1:
+        raise ValueError("--compile does not go with torchrun: torch fails on SyncBatchNorm there (its issue 134182)")
+    if not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        raise ValueError("--compile needs a C compiler, and none is on the PATH: install one, or drop --compile")
+
+
 def check_output(flag: str, file: Path | None, suffix: str) -> None:
     """ValueError or FileNotFoundError, before any work, if no file of this name is to be written; None is no file."""
     if file is None:

@@ -1,10 +1,11 @@
-"""What makes a training run survive: whole checkpoints, finding and checking a run to resume, the log, signals.
+"""What makes a training run survive: files written whole, finding and checking a run to resume, the log, signals.
 
 A checkpoint is a dictionary of tensors and plain values, which train.py makes and reads.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,10 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from util.machine import agree, rank, say
@@ -62,6 +64,19 @@ def write_whole(value: dict, path: Path) -> None:
         torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(value: dict, path: Path) -> None:
+    """`writing` a dictionary of plain values, for people and programs."""
+    with writing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_arrays(arrays: dict, path: Path) -> None:
+    """np.savez, `writing`."""
+    with writing(path) as unfinished:
+        np.savez(unfinished, **arrays)
+    print(f"features written to {path}: arrays {', '.join(arrays)}")
 
 
 def read_whole(path: Path) -> object:
@@ -120,6 +135,11 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags as plain values, for args.json and the checkpoints."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def digest(lines: Iterable[str]) -> str:
+    """One number for lines in any order, by which a resumed run knows its training data."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def find_run(args: argparse.Namespace) -> dict | None:
@@ -205,9 +225,7 @@ class Folder:
 
     def write_args(self) -> None:
         """args.json: the flags, and what they ran on."""
-        about = {**settings_of(self.args), **provenance(self.args.device)}
-        with writing(self.path / "args.json") as unfinished:
-            unfinished.write_text(json.dumps(about, indent=2) + "\n")
+        write_json({**settings_of(self.args), **provenance(self.args.device)}, self.path / "args.json")
 
     def __exit__(self, error, *details) -> None:
         if rank() > 0:
