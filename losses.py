@@ -26,7 +26,7 @@ def log_probabilities(anchors: Tensor, candidates: Tensor, temperature: float | 
 def contrastive_loss(image: Tensor, text: Tensor, temperature: float | Tensor) -> Tensor:
     """L_i2t + L_t2i of Eqs. 2 and 3, each image's positive being its own text: (B, D), (B, D) -> scalar.
 
-    PromptSG is trained with it nowhere: the paper goes on to Eqs. 4-6.
+    PromptSG is trained with it nowhere, for the paper goes on to Eqs. 4-6; the demo's CLIP is (extras/pretrain.py).
     """
     i2t = -log_probabilities(image, text, temperature).diagonal().mean()  # Eq. 2
     t2i = -log_probabilities(text, image, temperature).diagonal().mean()  # Eq. 3

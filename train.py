@@ -1,6 +1,6 @@
 """Trains PromptSG as section 5.1 of the paper says. Every default below is the paper's unless its help says otherwise.
 
-python train.py --dataset synthetic --backbone tiny          the demo: needs no data, no weights and no GPU
+python train.py --dataset synthetic --backbone tiny          the demo: needs no download and no GPU
 python train.py --dataset msmt17 --backbone vit              the paper's run
 """
 
