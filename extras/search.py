@@ -9,6 +9,7 @@ With --backbone it searches by CLIP alone, before any training.
 """
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
@@ -70,11 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     model, _ = look.load_model(args)
     is_of_v = args.words or args.backbone
     print("space: CLIP's joint space, v" if is_of_v else f"space: retrieval features, BN(z), {args.prompt} prompt")
-
-    def embed(images: Tensor) -> Tensor:
-        if is_of_v:
-            return F.normalize(model.clip.encode_image(images).embedding, dim=1)
-        return model.embed(images, args.prompt)
+    embed = functools.partial(model.embed, prompt="none" if is_of_v else args.prompt)
 
     query = [data.Sample(args.query, data.JUNK, 0)] if args.query else []
     queries, features = evaluate.extract(embed, query + samples, args).split([len(query), len(samples)])
