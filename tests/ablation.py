@@ -6,6 +6,8 @@ runs/ablation, a file a row and seed, and not done again.
 
 With a GPU and OpenAI's weights, the same rows and controls on Market-1501 (flags it does not know go to train.py):
 python tests/ablation.py --dataset market1501 --backbone vit --output runs/ablation-market1501
+The run on docs/miniature.md: --dataset market1501 --clip-weights random --epochs 14 --steps 100 --decay-every 10
+--lr-visual 1e-4 --lr-new 1e-3 --seeds 0 --tables "both pre-trained" query --output runs/ablation-market1501
 """
 
 import torch

@@ -72,6 +72,7 @@ def test_flags_exist():
     actions = [action for script in SCRIPTS.values() for action in parser_of(script.parse_args)._actions]
     known = {option for action in actions for option in action.option_strings}
     known |= {"--nproc_per_node", "--shm-size", "--quick", "--only"}  # torchrun's, docker's, tests/benchmark.py's
+    known |= {"--seeds", "--tables"}  # tests/ablation.py's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known
 
 
