@@ -40,11 +40,11 @@ class OthersQuery(ConstantQuery):
 
 
 class LearnedQuery(ConstantQuery):
-    """The query is a vector that is learned, starting from "A photo of a person"."""
+    """The query is a vector that is learned, starting from random numbers."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.learned = torch.nn.Parameter(self.simplified_text.clone())
+        self.learned = torch.nn.Parameter(torch.randn_like(self.simplified_text))
 
     def query(self, text: Tensor) -> Tensor:
         return self.learned
@@ -103,9 +103,9 @@ TABLES = {
     ],
     "full model": [
         FULL,
-        FULL._replace(name="full, text encoder random: language that knows nothing", pretrained="visual"),
-        FULL._replace(name="full, visual encoder random", pretrained="text"),
-        FULL._replace(name="full, both random", pretrained="none"),
+        FULL._replace(name="full, text encoder random: language that knows nothing", paper="", pretrained="visual"),
+        FULL._replace(name="full, visual encoder random", paper="", pretrained="text"),
+        FULL._replace(name="full, both random", paper="", pretrained="none"),
     ],
     "both pre-trained": MAIN,
     "only visual pre-trained": varied(MAIN, pretrained="visual"),
