@@ -76,8 +76,8 @@ def pretrain(pictures: Tensor, captions: list[str], args: argparse.Namespace) ->
     model = clip.untrained("tiny", IMAGE_SIZE, args.seed).train()
     token_ids = clip.tokenize(captions)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-    steps = args.epochs * (len(pictures) // args.batch)
-    schedule = OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.1)  # warm-up and cosine
+    batches = len(pictures) // args.batch  # in an epoch
+    schedule = OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches, pct_start=0.1)  # warm-up and cosine
     generator = torch.Generator().manual_seed(args.seed)
     history = []
     for epoch in range(1, args.epochs + 1):
@@ -93,8 +93,8 @@ def pretrain(pictures: Tensor, captions: list[str], args: argparse.Namespace) ->
             schedule.step()
             model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP: tau is at least 0.01
             history.append(loss.item())
-            machine.show_progress(len(history), steps, "steps")
-        print(f"epoch {epoch}/{args.epochs}  loss {sum(history[-steps // args.epochs :]) * args.epochs / steps:.3f}")
+            machine.show_progress(len(history), args.epochs * batches, "steps")
+        print(f"epoch {epoch}/{args.epochs}  loss {sum(history[-batches:]) / batches:.3f}")
     return model.eval(), history
 
 

@@ -2,12 +2,12 @@
 
 Trains each row with each seed, a process a core, and prints the tables of docs/miniature.md. On the demo's people every
 seed has a drawing of its own, with 192 people to be scored on; no setting was chosen on them. What is done is found in
-runs/ablation, a file a row and seed, and not done again.
+runs/ablation-synthetic-tiny, a folder a row and seed, and not done again.
 
 With a GPU and OpenAI's weights, the same rows and controls on Market-1501 (flags it does not know go to train.py):
-python tests/ablation.py --dataset market1501 --backbone vit --output runs/ablation-market1501
+python tests/ablation.py --dataset market1501 --backbone vit --tables parts query "full model"
 The run on docs/miniature.md: --dataset market1501 --clip-weights random --epochs 14 --steps 100 --decay-every 10
---lr-visual 1e-4 --lr-new 1e-3 --seeds 0 --tables "both pre-trained" query --output runs/ablation-market1501
+--lr-visual 1e-4 --lr-new 1e-3 --seeds 0 --tables "both pre-trained" query
 """
 
 import torch
@@ -117,4 +117,4 @@ TABLES = {
 
 
 if __name__ == "__main__":
-    run(TABLES, __doc__, "runs/ablation")
+    run(TABLES, __doc__)

@@ -158,7 +158,7 @@ def train_and_measure(row: Row, seed: int, args: argparse.Namespace, handed_on: 
         model = models.restore_model(load_checkpoint(folder / "last.pt")).to(args.device)
         dataset = data.load_dataset(args.dataset, args.root(seed))
         result = measure(model, dataset, DRAWING + seed, train_args)
-    (folder / "result.json").write_text(json.dumps(result) + "\n")
+    (folder / "result.json").write_text(json.dumps({**result, "handed on": handed_on}) + "\n")
     return f"{row.key(seed)}: " + json.dumps(result["composed" if "composed" in result else "simplified"])
 
 
@@ -220,7 +220,7 @@ class Arguments(argparse.Namespace):
         return self.data_root or drawing
 
 
-def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags of every experiment."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -228,20 +228,25 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--backbone", default="tiny", help="as train.py's (tiny)")
     add("--data-root", type=Path, help="as train.py's (data; for synthetic, a drawing for every seed)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as train.py's")
-    add("--output", type=Path, default=Path(output), help=f"folder of all runs ({output})")
+    add("--output", type=Path, help="folder of all runs (runs/ablation-DATASET-BACKBONE)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     return parser
 
 
 def train_missing(rows: list[Row], args: argparse.Namespace, handed_on: list[str]) -> None:
-    """Draws, trains and measures what is not there yet, and says how it goes."""
+    """Draws, trains and measures what is not there yet, saying how it goes. Exits if what is there has other flags."""
+    args.output = args.output or Path(f"runs/ablation-{args.dataset}-{args.backbone}")
     if args.dataset == "synthetic" and not args.data_root:
         for seed in args.seeds:
             if not args.root(seed).exists():
                 folder = args.root(seed) / "synthetic"
                 demo.draw_dataset(folder, data.MARKET_FOLDERS, train_ids=128, test_ids=192, seed=DRAWING + seed)
     jobs = {row.key(seed): (row, seed) for seed in args.seeds for row in rows}
-    left = [job for key, job in jobs.items() if not (args.output / key / "result.json").exists()]
+    there = [path for key in jobs if (path := args.output / key / "result.json").exists()]
+    for path in there:
+        if json.loads(path.read_text())["handed on"] != handed_on:
+            sys.exit(f"error: {path} was made with other flags of train.py: give another --output")
+    left = [job for key, job in jobs.items() if args.output / key / "result.json" not in there]
     processes = machine.count_cores() if args.device == "cpu" else 1
     if args.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"  # more of them would wait for each other
@@ -251,14 +256,15 @@ def train_missing(rows: list[Row], args: argparse.Namespace, handed_on: list[str
             print(f"{number}/{len(left)} {future.result()}", file=sys.stderr, flush=True)
 
 
-def run(tables: dict[str, list[Row]], description: str, output: str, print_table: Callable = print_table) -> None:
+def run(tables: dict[str, list[Row]], description: str, print_table: Callable = print_table) -> None:
     """The script of the ablation and of the readings: trains what is missing, and prints the tables."""
-    parser = make_parser(description, output)
+    parser = make_parser(description)
     add = parser.add_argument
     add("--tables", nargs="+", choices=tables, default=list(tables), help="which tables (all)")
-    add("--rows", nargs="+", help="of these tables, only the rows of these names; other flags go to train.py")
+    add("--rows", nargs="+", help="of these, and what they are compared with; other flags go to train.py")
     args, handed_on = parser.parse_known_args(namespace=Arguments())
-    tables = {name: [row for row in tables[name] if row.name in (args.rows or [row.name])] for name in args.tables}
+    kept = args.rows and (*args.rows, "full", "ours")
+    tables = {name: [row for row in tables[name] if not kept or row.name in kept] for name in args.tables}
     train_missing([row for rows in tables.values() for row in rows], args, handed_on)
     for title, rows in tables.items():
         print_table(title, rows, args)

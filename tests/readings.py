@@ -2,7 +2,7 @@
 
 Prints the tables of docs/choices.md, by the rules and with the flags of tests/ablation.py. The trap, blocks that attend
 across the batch, is scored with the test pictures in sorted and in shuffled order; on MSMT17 with OpenAI's weights:
-python tests/readings.py --dataset msmt17 --backbone vit --output runs/readings-msmt17 --tables trap
+python tests/readings.py --dataset msmt17 --backbone vit --tables trap
 """
 
 import torch
@@ -191,4 +191,4 @@ TABLES = {
     ],
 }
 if __name__ == "__main__":
-    run(TABLES, __doc__, "runs/ablation", print_ways)
+    run(TABLES, __doc__, print_ways)

@@ -42,6 +42,10 @@ def test_a_patch_computes_something_else_and_learns_and_is_refused_unpatched(pat
     assert "v" in same and same != set(ours)
     loss = losses.triplet_loss(found["z"], labels) + patch.supcon(found["v"], found["text"], labels, 0.07, ["i2t"])
     loss.backward()
+    learned = [parameter for group in built.parameter_groups(1, 1) for parameter in group["params"]]
+    if issubclass(patch, ablation.LearnedQuery):
+        assert built.learned.grad.abs().sum() > 0 and any(parameter is built.learned for parameter in learned)
+        assert not torch.equal(built.learned, built.simplified_text)  # or the control without text had some
     assert built.clip.visual.proj.grad.abs().sum() > 0
     before = found["feature"].detach()
     alone = torch.cat([built.embed(images[i : i + 1]) for i in range(len(images))])
@@ -72,8 +76,9 @@ def test_parts_of_clip_are_pretrained_or_random():
         assert torch.equal(mixed.logit_scale, whole.logit_scale)
 
 
-def test_a_row_is_trained_measured_and_printed(workplace, capsys):
-    """One step of a control; its checkpoint is refused by evaluate.py; what is there is not done again."""
+def test_a_row_is_trained_measured_and_printed(workplace, capsys, monkeypatch):
+    """One step of a control; its checkpoint is refused by evaluate.py; what is there is not done again, nor mixed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which `train_missing` sets
     arguments = experiment.Arguments(
         dataset="synthetic", backbone="tiny", device="cpu", data_root=workplace / "data", output=workplace, seeds=[0]
     )
@@ -85,9 +90,14 @@ def test_a_row_is_trained_measured_and_printed(workplace, capsys):
     finally:
         torch.set_num_threads(threads)
         model.PromptSG, model.load_clip, losses.supcon_loss = patched
+    checkpoint = workplace / row.key(0) / "last.pt"
     result = json.loads((workplace / row.key(0) / "result.json").read_text())
     assert 0 < result["composed"]["mAP"] <= 1 and 0 < result["text to picture"] <= 1
+    last_written = checkpoint.stat().st_mtime_ns
+    experiment.train_missing([row], arguments, flags)
+    assert checkpoint.stat().st_mtime_ns == last_written
+    with pytest.raises(SystemExit, match="was made with other flags"):
+        experiment.train_missing([row], arguments, [*flags, "--margin", "1"])
     experiment.print_table("query", [row], arguments)
     assert f"| {row.name} |  | {100 * result['composed']['mAP']:.1f} |" in capsys.readouterr().out
-    checkpoint = workplace / row.key(0) / "last.pt"
     refused(run("evaluate.py", "--checkpoint", workplace, checkpoint), "do not fit its settings", "patch")

@@ -222,7 +222,7 @@ def print_tables(found: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
-    args, handed_on = make_parser(__doc__, "runs/ablation").parse_known_args(namespace=Arguments())
+    args, handed_on = make_parser(__doc__).parse_known_args(namespace=Arguments())
     train_missing(ROWS, args, handed_on)
     args.precision, args.workers, args.eval_batch_size = "fp32", 0, 128
     found = {}
