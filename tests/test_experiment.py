@@ -82,11 +82,12 @@ def test_a_row_is_trained_measured_and_printed(workplace, capsys, monkeypatch):
     arguments = experiment.Arguments(
         dataset="synthetic", backbone="tiny", device="cpu", data_root=workplace / "data", output=workplace, seeds=[0]
     )
-    row = next(row for row in TABLES["query"] if row.patch is ablation.ConstantQuery)
+    row = next(row for row in TABLES["query"] if row.patch is ablation.PicturesOnly)
     flags = ["--epochs", "1", "--steps", "1", "--batch-ids", "8"]
     threads, patched = torch.get_num_threads(), (model.PromptSG, model.load_clip, losses.supcon_loss)
     try:
         experiment.train_and_measure(row, 0, arguments, flags)
+        assert losses.supcon_loss is ablation.PicturesOnly.supcon
     finally:
         torch.set_num_threads(threads)
         model.PromptSG, model.load_clip, losses.supcon_loss = patched

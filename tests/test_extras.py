@@ -321,7 +321,7 @@ def test_search_by_words_and_by_both(trained, demo_root, flags):
     assert Image.open(trained / f"search-{picture.stem}-a-person-with-red-top-1.png").width == 6 + 12 * 142
 
 
-def test_what_tests_words_py_measures(make_model):
+def test_what_tests_words_py_measures(make_model, monkeypatch):
     """A change is of one piece; a feature that is the sentence of a person's own colours names them."""
     for pid in range(1, 9):
         before, after = demo.describe(demo.person_of(pid, 5)), words.change(pid, 5).words
@@ -331,6 +331,14 @@ def test_what_tests_words_py_measures(make_model):
     samples = [data.Sample(None, pid, 1) for pid in range(1, 9)]
     tops = look.encode_words(model, [demo.describe(demo.person_of(pid, 5))["top"] for pid in range(1, 9)])
     assert words.own_colours(tops, samples, model, 5)["top"] == (1, 1)
+    monkeypatch.setattr(look, "encode_words", lambda model, garments: torch.eye(len(garments)))
+    for before, expected in ((1, (0, 1)), (2, (0, 1)), (3, (0, 0))):  # so many colours nearer than the own one
+        colours = [list(demo.CLOTHES).index(demo.COLOURS[demo.person_of(pid, 5).top]) for pid in range(1, 9)]
+        near = torch.zeros(8, 12)
+        for row, own in zip(near, colours):
+            row[[(own + step) % 12 for step in range(1, before + 1)]] = 2
+            row[own] = 1
+        assert words.own_colours(near, samples, model, 5)["top"] == expected
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from openai_format import SMALL_RESNET, SMALL_VIT, small_weights, write_archive
 from PIL import Image
 
 import clip
+import data
 import evaluate
 import model
 import train
@@ -70,6 +71,30 @@ def test_a_run_holds_checkpoints_log_and_settings(trained):
     assert records[2]["loss"] < records[1]["loss"]
     settings = json.loads((run_folder / "args.json").read_text())
     assert settings["seed"] == 0 and settings["torch"] == torch.__version__ and "train.py" in settings["command"]
+
+
+def test_before_training_the_log_has_clips_own_score(trained):
+    args = train.parse_args([*FLAGS.split(), "--data-root", str(trained / "data")])
+    train.check_args(args)
+    dataset = data.load_dataset("synthetic", args.data_root)
+    clips_own = evaluate.score(model.build_model(args, dataset.num_identities), dataset, "none", args)
+    assert log_of(trained)[0]["mAP"] == pytest.approx(clips_own["mAP"], abs=1e-4)
+
+
+def test_what_scoring_leaves_out_is_said(workplace, demo_root):
+    """One identity of six, four queries, has nothing in the gallery; a file has no picture's name."""
+    shutil.copytree(demo_root / "synthetic", workplace / "mine")
+    gallery = workplace / "mine/bounding_box_test"
+    pids = sorted({path.name[:4] for path in gallery.iterdir()} - {"0000"})
+    for path in gallery.glob(f"{pids[0]}_*"):
+        path.unlink()
+    (gallery / "notes.txt").write_text("mine")
+    output_of("train.py", f"{SHORT} --steps 1", workplace)
+    printed = output_of("evaluate.py", "--dataset folder --data-root mine --json score.json", workplace)
+    assert "4 of 24 queries have no right picture in the gallery and are left out" in printed
+    assert "1 file passed over (first: notes.txt)" in printed
+    report = json.loads((workplace / "score.json").read_text())
+    assert (report["queries_left_out"], report["files_passed_over"]) == (4, 1)
 
 
 def test_evaluate_needs_no_flag(trained):
