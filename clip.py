@@ -39,6 +39,22 @@ ARCHITECTURES = {
     "tiny": dict(embed_dim=128, vision_layers=3, vision_width=128, patch_size=16, text_width=128, text_layers=2),
 }
 
+# Mean and standard deviation of the images that CLIP was trained on: red, green, blue.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@lru_cache
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return MEAN and STD as tensors (1, 3, 1, 1); cached, because a copy to the device makes the host wait."""
+    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (MEAN, STD))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Normalise uint8 images (B, 3, H, W) with CLIP's mean and standard deviation; return float32 (B, 3, H, W)."""
+    mean, std = mean_and_std(images.device)
+    return (images / 255 - mean) / std
+
 
 # ------------------------------------------------------------------------------------------------ tokenizer
 

@@ -10,7 +10,6 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
+import clip
 from util import demo, machine
 from util.pictures import count_passed_over, open_picture
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Sample(NamedTuple):
@@ -202,7 +199,7 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
 
     Flip, pad by 10 and crop, erase a rectangle (filled with CLIP's mean colour, which is 0 after normalisation).
     """
-    mean_colour = [round(255 * channel) for channel in CLIP_MEAN]
+    mean_colour = [round(255 * channel) for channel in clip.MEAN]
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(0.5),
@@ -211,18 +208,6 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
             v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 1 / 0.3), value=mean_colour),
         ]
     )
-
-
-@lru_cache
-def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's, each (1, 3, 1, 1), brought to a device once, since every copy makes it wait."""
-    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) with CLIP's own mean and standard deviation, on the same device."""
-    mean, std = mean_and_std(images.device)
-    return (images / 255 - mean) / std
 
 
 # ------------------------------------------------------------------------------------- sampler and loaders
@@ -349,7 +334,7 @@ def make_loader(pictures: Pictures, count: int, workers: int, **batches) -> Data
         pictures,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=machine.leave_signals_to_trainer,
+        worker_init_fn=machine.ignore_interrupts,
         **batches,
     )
 

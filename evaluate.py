@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import clip
 import data
 from model import PromptSG, restore_model
 from util import machine
@@ -99,7 +100,7 @@ def extract(embed: Callable[[Tensor], Tensor], samples: list[data.Sample], args:
     features = []
     for images, _ in data.test_loader(own, args.image_size, args.eval_batch_size, args.workers):
         with machine.autocast(args), machine.out_of_memory("a smaller --eval-batch-size changes no score"):
-            features.append(embed(data.normalize(images.to(args.device, non_blocking=True))).float())
+            features.append(embed(clip.normalize(images.to(args.device, non_blocking=True))).float())
         machine.show_progress(sum(map(len, features)), len(own), "pictures")
     in_turn = machine.gather(torch.cat(features)).unflatten(0, (machine.world_size(), len(own))).transpose(0, 1)
     return in_turn.flatten(0, 1)[: len(samples)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+import clip
 import data
 import evaluate
 import losses
@@ -37,7 +38,7 @@ TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
 def update(run: "Run", images: Tensor, labels: Tensor) -> Tensor:
     """One step on a batch, uint8 images (B, 3, H, W) and labels (B,); returns its row of TERMS, on the device."""
     args = run.args
-    images = data.normalize(images.to(args.device, non_blocking=True))  # (B, 3, H, W)
+    images = clip.normalize(images.to(args.device, non_blocking=True))  # (B, 3, H, W)
     labels = labels.to(args.device, non_blocking=True)  # (B,)
     with machine.autocast(args):
         output = run.forward(images)

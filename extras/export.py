@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import clip
 import data
 import evaluate
 from model import PromptSG
@@ -27,7 +28,7 @@ class ImageToFeature(nn.Module):
         self.interaction = model.interaction
         self.bnneck = model.bnneck
         self.register_buffer("text", model.simplified_text)
-        for name, values in (("mean", data.CLIP_MEAN), ("std", data.CLIP_STD)):
+        for name, values in (("mean", clip.MEAN), ("std", clip.STD)):
             self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
     with writing(path) as unfinished:
         unfinished.write_bytes(content.getvalue())
     reloaded = torch.export.load(path).module()
-    difference = (reloaded(more) - model.embed(data.normalize(more), "simplified")).abs().max().item()
+    difference = (reloaded(more) - model.embed(clip.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
         path.unlink()
         raise ValueError(f"{path} differs from the model by {difference:.1e}: do not use it, and please report this")

@@ -110,7 +110,7 @@ def identity_relevance(
         def likeness(v: Tensor, z: Tensor, text: Tensor, mean: Tensor = mean) -> Tensor:
             return (F.normalize(model.bnneck(z), dim=1) * mean).sum(dim=1)
 
-        maps.append(relevance(model, data.normalize(images.to(args.device)), args.prompt, likeness)[:, 1:])
+        maps.append(relevance(model, clip.normalize(images.to(args.device)), args.prompt, likeness)[:, 1:])
         machine.show_progress(sum(map(len, maps)), len(samples), "maps")
     return torch.cat(maps)
 
@@ -259,7 +259,7 @@ def draw_maps(
     drawing = []
     for sample in samples:
         picture = data.read_picture(sample.path, TILE)
-        image = data.normalize(data.read_picture(sample.path, args.image_size)[None].to(args.device))
+        image = clip.normalize(data.read_picture(sample.path, args.image_size)[None].to(args.device))
         maps = [tile(heat(picture, tokens[0, 1:].view(grid)), name) for name, tokens in maps_of(image).items()]
         drawing.append([tile(picture, sample.path.stem), *maps])
     save_sheets(drawing, stem)

@@ -84,7 +84,7 @@ def pretrain(pictures: Tensor, captions: list[str], args: argparse.Namespace) ->
         for batch in torch.randperm(len(pictures), generator=generator).split(args.batch):
             if len(batch) < args.batch:
                 break
-            image = model.encode_image(data.normalize(pictures[batch])).embedding
+            image = model.encode_image(clip.normalize(pictures[batch])).embedding
             text = model.encode_text(token_ids[batch])
             loss = losses.contrastive_loss(image, text, 1 / model.logit_scale.exp())
             optimizer.zero_grad()
@@ -103,7 +103,7 @@ def zero_shot(model: clip.CLIP, drawings: Drawings) -> dict[str, float]:
     """How often the right one of several sentences is the nearest: the top's and the legs' colour, person or nobody."""
     pictures, _ = drawings.draw()
     people = [drawings.person(index) for index in range(len(drawings))]
-    images = torch.cat([model.encode_image(data.normalize(batch)).embedding for batch in pictures.split(500)])
+    images = torch.cat([model.encode_image(clip.normalize(batch)).embedding for batch in pictures.split(500)])
 
     def told_apart(who: list[int], sentences: list[list[str]], right: list[int]) -> float:
         """sentences[i] are those to choose from for picture who[i]."""

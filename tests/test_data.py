@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip
 import data
 from data import PKSampler, Sample
 from util import demo
@@ -240,7 +241,7 @@ def test_normalize_is_clips():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     means, stds = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     expected = [(images[:, channel] / 255 - means[channel]) / stds[channel] for channel in range(3)]
-    torch.testing.assert_close(data.normalize(images), torch.stack(expected, dim=1))
+    torch.testing.assert_close(clip.normalize(images), torch.stack(expected, dim=1))
 
 
 def test_augmentation_flips_crops_and_erases_as_often_as_it_should():

@@ -259,7 +259,7 @@ def test_the_exported_model_is_the_model(make_model, tmp_path, capsys, ablations
     assert "differs from the model by" in capsys.readouterr().out
     pictures = torch.randint(0, 256, (1, 3, 64, 32), dtype=torch.uint8)
     found = torch.export.load(tmp_path / "model.pt2").module()(pictures)
-    torch.testing.assert_close(found, model.embed(data.normalize(pictures), "simplified"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, model.embed(clip.normalize(pictures), "simplified"), atol=1e-5, rtol=0)
     assert (tmp_path / "model.pt2").stat().st_size < 12e6  # the text encoder stays behind
 
 

@@ -271,7 +271,7 @@ def test_an_update_is_eq_10_and_one_step_of_adam(make_model, flags):
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
     loss, triplet, identity, supcon, accuracy = train.update(run, images, labels)
 
-    output = other.model(data.normalize(images))
+    output = other.model(clip.normalize(images))
     expected_triplet = sum(losses.triplet_loss(features, labels, 1.3) for features in output.triplet_features)
     expected_identity = losses.identity_loss(output.logits, labels, 0.2)
     directions = ["t2i"] if args.without_i2t else ["i2t", "t2i"] if ablations["inversion"] else []

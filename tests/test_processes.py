@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch import Tensor, nn
 
+import clip
 import data
 import evaluate
 import train
@@ -91,10 +92,10 @@ def _one_process(number: int, count: int, port: int, work, arguments: tuple) -> 
 
 def train_in_double_precision(number: int, arguments: str, output) -> None:
     """train.py, its model and pictures in float64."""
-    build, restore, normalize = train.build_model, train.restore_model, data.normalize
+    build, restore, normalize = train.build_model, train.restore_model, clip.normalize
     train.build_model = lambda *args: build(*args).double()
     train.restore_model = lambda checkpoint: restore(checkpoint).double()
-    data.normalize = lambda images: normalize(images).double()
+    clip.normalize = lambda images: normalize(images).double()
     train.main([*arguments.split(), "--output", str(output)])
 
 

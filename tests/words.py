@@ -28,7 +28,7 @@ ROWS = [Row("before training", UNTRAINED), FULL._replace(name="PromptSG"), BASEL
 def to_images(pictures: list, size: tuple[int, int]) -> Tensor:
     """Drawn pictures as a model takes them: (N, 3, H, W)"""
     resized = [v2.functional.resize(v2.functional.pil_to_tensor(picture), size) for picture in pictures]
-    return data.normalize(torch.stack(resized))
+    return clip.normalize(torch.stack(resized))
 
 
 # ------------------------------------------------------------------------------------------ where the words are
@@ -59,7 +59,7 @@ def where_words_are(model: PromptSG, samples: list[data.Sample], draw_seed: int,
         with torch.no_grad():  # as they are, for the module, to which their length matters
             texts = model.clip.encode_text(clip.tokenize([demo.sentence(word) for word in words]).to(args.device))
         images = next(iter(data.test_loader(wearers, args.image_size, len(wearers), 0)))[0]
-        images = data.normalize(images.to(args.device))
+        images = clip.normalize(images.to(args.device))
         maps = {
             "words": look.words_relevance(model, images, texts),
             "person": look.words_relevance(model, images, model.simplified_text),

@@ -132,11 +132,12 @@ def require_shared_memory(needed: int, advice: str) -> None:
         raise ValueError(f"{needed / 1e9:.1f} GB of shared memory are needed, {free / 1e9:.1f} GB are free: {advice}")
 
 
-def leave_signals_to_trainer(worker: int) -> None:
-    """A loader process goes on at the signals that the script heeds, may they reach it too, and ends when it does."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def ignore_interrupts(worker: int) -> None:
+    """Make a loader process ignore Ctrl-C, which the main process handles.
+
+    SIGTERM keeps its default: it is how multiprocessing ends the loader processes after an error of the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -285,7 +286,9 @@ def exit_on_error(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         fall_silent()
         sys.exit(141)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise  # a programming error keeps its traceback
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # by then torchrun has ended this process, if the first one failed and said so
         # A loader process wraps its error into a traceback, whose last line is the message.
