@@ -54,9 +54,9 @@ def extract(
         for images, unreadable in loader:
             errors += unreadable
             if not errors:
-                images = clip.normalize(images.to(device, non_blocking=True))
-                features.append(model.embed(images, prompt).float())
-            done += len(images) + len(unreadable)
+                normalized = clip.normalize(images.to(device, non_blocking=True))
+                features.append(model.embed(normalized, prompt).float())
+            done += len(images)
             show_progress(done, len(paths), "images")
     finally:
         model.train(was_training)
@@ -166,6 +166,8 @@ def evaluate(model: PromptSG, dataset: data.Dataset, prompt: str | None = None, 
     Returns mAP, rank1, rank5, rank10 (from 0 to 1), and what else `extract_dataset` and `rank_dataset` return.
     Raises as `extract` and `rank_metrics` do.
     """
+    if not dataset.can_be_evaluated:  # known before any feature is extracted
+        raise ValueError("no query has an image of its identity by another camera: train with --eval-every 0")
     features = extract_dataset(model, dataset, prompt, workers)
     return {**features, **rank_dataset(dataset, features["query"], features["gallery"])}
 

@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     # Data: batches of P identities x K images.
     if args.dataset == "synthetic":
         draw.draw_dataset(Path(args.data_root) / "synthetic")  # only if it is not there yet
-    dataset = data.load_dataset(args.dataset, args.data_root, data.SUBSETS if args.eval_every else ("train",))
+    subsets = ("train", "query", "gallery") if args.eval_every else ("train",)
+    dataset = data.load_dataset(args.dataset, args.data_root, subsets)
     print(data.summary(dataset))
     pids = [sample.pid for sample in dataset.train]
     sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, rank(), world_size())

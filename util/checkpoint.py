@@ -80,7 +80,8 @@ def start_run(folder: Path, settings: dict, device: torch.device) -> None:
         "command": shlex.join(sys.argv),
         "commit": describe_commit(Path(__file__).resolve().parent.parent),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", "torchvision", "numpy", "pillow")},
+        "torch": str(torch.__version__),
+        **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
     }
     write_json({**settings, **made_with}, folder / "args.json")
