@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from util.machine import show_progress
+from util.device import show_progress
 
 CLOTHES = {
     "white": (225, 222, 214), "black": (38, 38, 44), "grey": (128, 130, 134), "red": (180, 44, 48),

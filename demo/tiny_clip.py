@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 import clip
 from demo import draw
 from losses import contrastive_loss
-from util.machine import exit_on_error, ignore_interrupts, show_progress
-from util.run import read_whole, write_whole
+from util.device import ignore_interrupts, run_script, show_progress
+from util.checkpoint import read_tensors, save
 
 WEIGHTS = Path(__file__).with_name("tiny-clip.pt")
 IMAGE_SIZE = (128, 64)
@@ -40,7 +40,7 @@ def load(image_size: tuple[int, int] = IMAGE_SIZE, seed: int = 0) -> clip.CLIP:
     if tuple(image_size) != IMAGE_SIZE:
         raise ValueError("the demo's CLIP needs images of 128x64: drop --image-size, or give --clip-weights random")
     model = clip.untrained("tiny", IMAGE_SIZE, seed)
-    saved = read_whole(WEIGHTS)
+    saved = read_tensors(WEIGHTS)
     embeddings = model.token_embedding.weight.detach().clone()  # (49408, T)
     embeddings[saved["words"]] = saved["model"]["token_embedding.weight"].float()
     model.load_state_dict({**saved["model"], "token_embedding.weight": embeddings})
@@ -176,9 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     weights["token_embedding.weight"] = weights["token_embedding.weight"][words].clone()
     about = {name: value for name, value in vars(args).items() if name != "output"}
     about |= {"torch": str(torch.__version__), "zero_shot": accuracies}
-    write_whole({"model": weights, "words": words, "about": about}, args.output)
+    save({"model": weights, "words": words, "about": about}, args.output)
     print(f"weights written to {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run_script(main)

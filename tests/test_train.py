@@ -43,9 +43,7 @@ def wait_for(process: subprocess.Popen, words: str) -> None:
 
 
 def assert_same_run(one, other) -> None:
-    logs = [
-        [{**record, "seconds": 0, "images_per_second": 0} for record in log_of(folder)] for folder in (one, other)
-    ]
+    logs = [[{**record, "seconds": 0, "images_per_second": 0} for record in log_of(folder)] for folder in (one, other)]
     assert logs[0] == logs[1]
     a, b = state_of(one), state_of(other)
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"] | b["model"])
@@ -56,11 +54,26 @@ def assert_same_run(one, other) -> None:
 
 
 def test_a_run_holds_checkpoint_log_settings_and_curves(trained):
-    assert sorted(path.name for path in (trained / RUN).iterdir()) == ["args.json", "curves.png", "last.pt", "log.jsonl"]
+    assert sorted(path.name for path in (trained / RUN).iterdir()) == [
+        "args.json",
+        "curves.png",
+        "last.pt",
+        "log.jsonl",
+    ]
     log = log_of(trained)
     assert [record["epoch"] for record in log] == [0, 1, 2, 3, 4]
     assert [record["lr"] for record in log[1:]] == [8e-4, 8e-4, 4e-4, 4e-4]
-    terms = {"epoch", "loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy", "lr", "seconds", "images_per_second"}
+    terms = {
+        "epoch",
+        "loss",
+        "loss_triplet",
+        "loss_id",
+        "loss_supcon",
+        "accuracy",
+        "lr",
+        "seconds",
+        "images_per_second",
+    }
     assert set(log[0]) == {"epoch", "mAP", "rank1"} and set(log[1]) == terms and set(log[2]) == terms | {"mAP", "rank1"}
     eq_10 = log[1]["loss_triplet"] + log[1]["loss_id"] + 0.5 * log[1]["loss_supcon"]
     assert log[1]["loss"] == pytest.approx(eq_10, rel=1e-5)
@@ -108,7 +121,10 @@ def test_a_run_killed_after_a_saved_epoch_resumes_bit_for_bit(trained, workplace
 def test_dropout_and_loader_processes_resume_bit_for_bit(workplace, tmp_path_factory, demo_root, monkeypatch):
     forward = nn.Sequential.forward
     monkeypatch.setattr(
-        model.InversionNetwork, "forward", lambda self, x: F.dropout(forward(self, x), 0.2, self.training), raising=False
+        model.InversionNetwork,
+        "forward",
+        lambda self, x: F.dropout(forward(self, x), 0.2, self.training),
+        raising=False,
     )
     whole = tmp_path_factory.mktemp("whole")
     (whole / "data").symlink_to(demo_root)
