@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util.device import one_line
 from util.checkpoint import read_tensors
+from util.device import one_line
 
 CACHE = "~/.cache/clip"  # where OpenAI's own package keeps its weights
 
