@@ -4,6 +4,7 @@ A dataset has three lists of samples: train, query and gallery. A sample is an i
 camera (camid), numbered as in the dataset. In train, identities are relabelled 0 .. K-1.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -47,14 +48,13 @@ OFFICIAL = {
     "cuhk03-detected": {"train": (767, 7365, 2), "query": (700, 1400, 2), "gallery": (700, 5332, 2)},
 }
 # Each subset's folder of images, and its lists. DukeMTMC-reID, CUHK03-NP and the demo share Market-1501's layout.
-MARKET1501 = {"train": ["bounding_box_train"], "query": ["query"], "gallery": ["bounding_box_test"]}
-MSMT17_LISTS = {
-    "train": ["list_train.txt", "list_val.txt"],
-    "query": ["list_query.txt"],
-    "gallery": ["list_gallery.txt"],
+MARKET1501 = {"train": ("bounding_box_train",), "query": ("query",), "gallery": ("bounding_box_test",)}
+MSMT17_V1 = {
+    "train": ("train", "list_train.txt", "list_val.txt"),
+    "query": ("test", "list_query.txt"),
+    "gallery": ("test", "list_gallery.txt"),
 }
-MSMT17_V1 = {subset: ["train" if subset == "train" else "test", *lists] for subset, lists in MSMT17_LISTS.items()}
-MSMT17_V2 = {subset: [f"mask_{images}_v2", *lists] for subset, (images, *lists) in MSMT17_V1.items()}  # masked faces
+MSMT17_V2 = {subset: (f"mask_{images}_v2", *lists) for subset, (images, *lists) in MSMT17_V1.items()}  # masked faces
 MARKET1501_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
 MSMT17_LINE = re.compile(r"(\d+/\d+_\d+_(?P<camid>\d+)_[^\s/]*\.(?:jpg|jpeg|png))\s+(?P<pid>\d+)", re.IGNORECASE)
 JUNK = -1  # identity of Market-1501's bad detections, which are neither right nor wrong matches
@@ -82,8 +82,10 @@ class Dataset(NamedTuple):
     @property
     def version(self) -> str | None:
         """Version of MSMT17, V1 or V2, whose results do not compare; None for other datasets."""
-        is_masked = any("mask_" in sample.path.parent.parent.name for sample in self.train + self.query + self.gallery)
-        return ("V2" if is_masked else "V1") if self.name == "msmt17" else None
+        if self.name != "msmt17":
+            return None
+        first = (self.train or self.query or self.gallery)[0]
+        return "V2" if first.path.parent.parent.name.startswith("mask_") else "V1"
 
 
 def load_dataset(name: str, root: str | Path = "data", subsets: tuple = ("train", "query", "gallery")) -> Dataset:
@@ -111,14 +113,14 @@ def find_folder(name: str, root: Path, subsets: tuple) -> tuple[Path, dict]:
     """Return a dataset's folder and layout. Raise FileNotFoundError if there is none that holds all subsets."""
     places = []
     for folder in FOLDERS[name]:
-        layouts = [MSMT17_V1, MSMT17_V2] if name == "msmt17" else [MARKET1501]
+        layouts = (MSMT17_V1, MSMT17_V2) if name == "msmt17" else (MARKET1501,)
         for layout in reversed(layouts) if "V2" in folder else layouts:
             entries = list(dict.fromkeys(entry for subset in subsets for entry in layout[subset]))
-            present = sum((root / folder / entry).exists() for entry in ["", *entries])
-            if present == 1 + len(entries):
+            missing = sum(not (root / folder / entry).exists() for entry in ["", *entries])
+            if not missing:
                 return root / folder, layout
-            places.append((present, printable(root / folder), entries))
-    _, where, entries = max(places, key=lambda place: place[0])  # the most complete one
+            places.append((missing, printable(root / folder), entries))
+    _, where, entries = min(places, key=lambda place: place[0])  # the most complete one
     raise FileNotFoundError(f"no dataset at {where}: expected {where}/{{{','.join(entries)}}}")
 
 
@@ -151,7 +153,7 @@ def parse(path: Path, match: re.Match) -> Sample:
 
 
 def summary(dataset: Dataset) -> str:
-    """Return a table of identities, images and cameras, with a warning for each difference from the published counts."""
+    """Return a table of identities, images and cameras, and warnings where they differ from the published counts."""
     title = " ".join(filter(None, (dataset.name, dataset.version)))
     lines = [f"{title}, read from {printable(dataset.folder)}", "subset           | # ids | # images | # cameras"]
     for subset in ("train", "query", "gallery"):
@@ -161,12 +163,14 @@ def summary(dataset: Dataset) -> str:
             lines.append(f"{subset:<16} | {found[0]:5d} | {found[1]:8d} | {found[2]:9d}")
             if found != official:
                 should, has = ("{} ids, {} images, {} cameras".format(*counts) for counts in (official, found))
-                lines.append(f"warning: {subset} should have {should}, not {has}: results differ from published ones")
+                lines.append(
+                    f"warning: {subset} should have {should}, not {has}: not comparable with published results"
+                )
     test = dataset.query + dataset.gallery
-    names = [MARKET1501_NAME.fullmatch(sample.path.name) for sample in dataset.train]  # none matches in MSMT17, which
-    shared = {int(match["pid"]) for match in names if match} & {sample.pid for sample in test}  # numbers anew in test
-    if shared:
-        lines.append(f"warning: {len(shared)} identities in both train and test (first: {min(shared)})")
+    # MSMT17 numbers the identities of test from 0 again. Its names do not match.
+    matches = [MARKET1501_NAME.fullmatch(sample.path.name) for sample in dataset.train]
+    if shared := {int(match["pid"]) for match in matches if match} & {sample.pid for sample in test}:
+        lines.append(f"warning: identities in both train and test: {len(shared)} (first: {min(shared)})")
     if len({sample.camid for sample in test}) == 1:
         lines.append("warning: a single camera in query and gallery: nothing can be evaluated (--eval-every 0)")
     if dataset.skipped:
@@ -190,8 +194,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes;
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file (of a GIF, the first frame) as RGB, upright by its EXIF orientation.
 
-    Of 16 bits, the upper 8 are taken. Raises OSError if these are nearly 0 everywhere (the image holds 10 or 12 bits),
-    if values are of 32 bits, if there are over 89 million pixels (maybe a decompression bomb), or if Pillow fails.
+    Values of 16 bits become 8 bits (division by 256). Raises OSError if that makes them black (they hold 10 or 12
+    bits), if values have 32 bits, if there are over 89 million pixels (Pillow's limit), or if Pillow cannot read it.
     """
     try:
         if not os.path.isfile(path):  # opening a pipe would wait for ever
@@ -200,19 +204,18 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                is_16_bit = image.format != "BMP" and re.search(";1[26]", str(image.tile))  # Pillow's raw modes
+                has_16_bits = re.search(";1[26]", str(image.tile))  # in the name of Pillow's raw mode
                 image.load()
-                try:
+                orientation = None
+                with contextlib.suppress(Exception):  # broken metadata
                     orientation = image.getexif().get(ExifTags.Base.Orientation)
-                except Exception:  # broken metadata
-                    orientation = None
-                if is_16_bit and image.mode.startswith("I"):
+                if has_16_bits and image.mode.startswith("I"):
                     image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
                 if image.mode in ("I", "F"):
                     raise OSError(f"{'integer' if image.mode == 'I' else 'float'} values of 32 bits: use 8 bits")
                 image = image.convert("RGB")
-                if is_16_bit and np.asarray(image).max() < 16:
-                    raise OSError("16-bit values of at most 12 bits, which are black: use 8 bits")
+                if has_16_bits and np.asarray(image).max() < 16:
+                    raise OSError("16-bit values of at most 12 bits: use 8 bits")
                 image.info.clear()  # all metadata but the orientation
                 image.getexif()[ExifTags.Base.Orientation] = orientation
                 return ImageOps.exif_transpose(image)
@@ -227,16 +230,15 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 
 
 def find_images(paths: list[str | Path]) -> list[Path]:
-    """Return files as given and all image files below folders. Print how many files and linked folders are skipped.
-
-    Raises FileNotFoundError if a path does not exist or there is no image.
-    """
+    """Return files as given and all image files below folders. Print how many files and linked folders are skipped."""
     images, skipped = [], []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {printable(path)}")
-        images += [] if path.is_dir() else [path]
-        for file in sorted(path.rglob("*")) if path.is_dir() else []:
+        if not path.is_dir():
+            images.append(path)
+            continue
+        for file in sorted(path.rglob("*")):
             # macOS keeps notes on x.jpg in ._x.jpg.
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("._") and file.is_file():
                 images.append(file)
@@ -268,11 +270,9 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
     """Batches of P identities x K images ("16 identities with 4 images per identity", section 5.1).
 
     An image is an index and the seed of its augmentation, so that nothing depends on the number of loader processes.
-
     An epoch follows RandomIdentitySampler of the baseline [24]: each identity's images are shuffled and divided into
     groups of K (an identity with fewer images repeats some; an incomplete last group is skipped), each batch takes one
     group of P random identities, and the epoch ends when fewer than P identities have a group left.
-
     Under torchrun, process `rank` of `world_size` takes its share of each batch's identities.
     """
 
