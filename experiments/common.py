@@ -7,6 +7,7 @@ train it again. Several processes can share the work if each is given other --se
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -87,24 +88,15 @@ def partly_pretrained(args: argparse.Namespace, pretrained: str) -> clip.CLIP:
 
 def train_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
     """Train a row with train.py and measure it; an interrupted training continues after its last saved epoch."""
-    flags = (
-        f"--dataset {args.dataset} --backbone {args.backbone} --seed {seed} --eval-every 0 --resume {args.more_flags}"
-    )
+    name = re.sub(r"[^\w.]+", "-", f"{row.training(args.more_flags)} {seed}").strip("-")
+    folder = Path(args.runs, f"{args.dataset}-{args.backbone}", name)
+    flags = f"--dataset {args.dataset} --backbone {args.backbone} --seed {seed} --eval-every 0 --resume"
     root = args.data_root or "data"
     if args.dataset == "synthetic":
-        root = Path(args.runs) / f"drawing-{seed}"
+        root = Path(args.runs, f"drawing-{seed}")
         draw.draw_dataset(root / "synthetic", TRAIN_PEOPLE, TEST_PEOPLE, seed=DRAWING + seed)
         flags = f"{MINIATURE} {flags}"
-    folder = Path(args.runs) / f"{args.dataset}-{args.backbone}" / f"{row.training(args.more_flags)} seed {seed}"
-    argv = [
-        *flags.split(),
-        *args.more_flags.split(),
-        *row.flags.split(),
-        "--data-root",
-        str(root),
-        "--output",
-        str(folder),
-    ]
+    argv = f"{flags} {args.more_flags} {row.flags}".split() + ["--data-root", str(root), "--output", str(folder)]
     train_args = train.parse_args(argv)
     with ExitStack() as stack:
         for module in (train, models):

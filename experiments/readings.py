@@ -260,7 +260,7 @@ class Lineage(LineageModule):
         return output._replace(triplet_features=[output.image])
 
 
-class AcrossBatch:
+class LineageAcross(Lineage):
     """The blocks take the batch for the sequence: a feature depends on the images beside it."""
 
     class Blocks(nn.Sequential):
@@ -270,15 +270,6 @@ class AcrossBatch:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.interaction.blocks.__class__ = self.Blocks
-
-
-class OneRowAcross(AcrossBatch, OneRow): ...
-
-
-class LineageModuleAcross(AcrossBatch, LineageModule): ...
-
-
-class LineageAcross(AcrossBatch, Lineage): ...
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -319,11 +310,6 @@ TABLES = {  # the first row is the reference
         Row("inversion network of two linear layers", model=TwoLayers),
         Row("inversion network of four linear layers", model=FourLayers),
         Row("batch normalisation after the last hidden state", model=HiddenNorm),
-    ],
-    "across the batch": [
-        OURS,
-        Row("the lineage's module, blocks across the batch", model=LineageModuleAcross),
-        Row("Eq. 7's one row, blocks across the batch", model=OneRowAcross),
     ],
 }
 WAYS = ("composed", "simplified", "composed queries, simplified gallery", "composed, shuffled", "simplified, shuffled")
