@@ -1,6 +1,8 @@
 """The rows of experiments/: each variant computes something else and learns; a result is one line, made once."""
 
+import functools
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ VARIED = {name: row for name, row in ROWS.items() if row.model is not PromptSG o
 LABELS = torch.arange(8) // 4
 
 
+@functools.cache
 def outputs(row: common.Row) -> tuple[PromptSG, dict[str, torch.Tensor]]:
     """Return a model and all in which a row can differ: the losses, and the retrieval feature."""
     torch.manual_seed(0)
@@ -108,3 +111,35 @@ def test_a_row_is_trained_once_measured_and_printed(tmp_path, monkeypatch, capsy
     assert all(0 < line["composed"]["mAP"] <= 1 and 0 < line["text to image"] <= 1 for line in lines)
     common.run(readings.TABLES, "", readings.print_table)
     assert "trainings left" not in capsys.readouterr().out
+
+
+CHOICES = " ".join((Path(__file__).parent.parent / "docs" / "choices.md").read_text().split())
+CHANGES = re.findall(r"`([^`]+)` becomes `([^`]+)`", CHOICES)
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES, ids=[new for _, new in CHANGES])
+def test_a_change_that_choices_md_suggests_works_as_written(old, new):
+    """In a copy of the file that holds the line: another z, SupCon or S*, and the gradient reaches v."""
+    torch.manual_seed(0)
+    [path] = [path for path in (common.ROOT / "model.py", common.ROOT / "losses.py") if old in path.read_text()]
+    source = path.read_text()
+    assert source.count(old) == 1
+    found = []
+    for text in (source, source.replace(old, new)):
+        changed = {"__name__": path.stem}
+        exec(compile(text, path.name, "exec"), changed)
+        torch.manual_seed(0)
+        model = changed.get("PromptSG", PromptSG)(clip.untrained("tiny", (64, 32)), 10).train()
+        output = model(torch.randn(8, 3, 64, 32, generator=torch.Generator().manual_seed(0)))
+        supcon = changed.get("supcon_loss", losses.supcon_loss)(output.image, output.text, LABELS, 0.07)
+        (output.logits.sum() + supcon).backward()
+        assert model.clip.visual.proj.grad.abs().sum() > 0
+        found.append(torch.cat([output.logits.flatten(), output.text.flatten(), supcon.view(1)]).detach())
+    assert not torch.allclose(*found, rtol=1e-4)
+
+
+def test_classes_that_choices_md_names_exist():
+    names = re.findall(r"class `(\w+)`", CHOICES)
+    assert len(names) > 5 and all(hasattr(readings, name) for name in names)
+    rows = {row.name.replace("*", "\\*") for rows in readings.TABLES.values() for row in rows}
+    assert all(f"| {row} " in CHOICES for row in rows - {"ours"})
