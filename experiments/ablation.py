@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from common import Row, Variant, difference, run, spread
 from torch import Tensor
+from util.device import run_script
 
 import losses
 
@@ -120,4 +121,4 @@ def print_table(title: str, rows: list[Row], found: Callable) -> None:
 
 
 if __name__ == "__main__":
-    run(TABLES, __doc__, print_table)
+    run_script(lambda: run(TABLES, __doc__, print_table))

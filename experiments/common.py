@@ -5,6 +5,7 @@ train it again. Several processes can share the work if each is given other --se
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo import draw, tiny_clip  # noqa: E402
-from util.device import setup  # noqa: E402
+from util.device import default_workers, setup  # noqa: E402
 
 import clip  # noqa: E402
 import data  # noqa: E402
@@ -119,7 +120,7 @@ def train_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
 def accuracy(query: torch.Tensor, gallery: torch.Tensor, dataset: data.Dataset) -> dict[str, float]:
     """Return mAP and Rank-1 of features (Q, D) and (G, D)."""
     metrics = evaluate.rank_dataset(dataset, query, gallery)
-    return {"mAP": metrics["mAP"], "rank1": metrics["rank1"]}
+    return {name: round(metrics[name], 5) for name in ("mAP", "rank1")}
 
 
 def text_to_image(model: models.PromptSG, samples: list[data.Sample], v: torch.Tensor, draw_seed: int) -> float:
@@ -134,7 +135,7 @@ def text_to_image(model: models.PromptSG, samples: list[data.Sample], v: torch.T
     text = model.encode_text(sentences).cpu()  # (number of sentences, D)
     cams = torch.zeros(len(ids))
     queries = torch.arange(len(sentences))
-    return evaluate.rank_metrics(text, v, queries, ids, cams[: len(sentences)] - 1, cams)["mAP"]
+    return round(evaluate.rank_metrics(text, v, queries, ids, cams[: len(sentences)] - 1, cams)["mAP"], 5)
 
 
 @torch.inference_mode()
@@ -143,27 +144,26 @@ def measure(model: models.PromptSG, dataset: data.Dataset, draw_seed: int) -> di
     samples = dataset.query + dataset.gallery
     paths = [sample.path for sample in samples]
     split = [len(dataset.query), len(dataset.gallery)]
+    workers = default_workers(next(model.parameters()).device)
+    extract = functools.partial(evaluate.extract, model, batch_size=TEST_BATCH, workers=workers)
     prompts = ["none", "simplified", "composed"] if model.inversion and model.interaction else ["none", "simplified"]
-    features = {prompt: evaluate.extract(model, paths, prompt, TEST_BATCH) for prompt in prompts}  # each (N, D)
+    features = {prompt: extract(paths, prompt) for prompt in prompts}  # each (N, D)
     result = {prompt: accuracy(*features[prompt].split(split), dataset) for prompt in prompts}
-    best = features[prompts[-1]]
     if "composed" in prompts:
-        mixed = best.split(split)[0], features["simplified"].split(split)[1]
+        mixed = features["composed"].split(split)[0], features["simplified"].split(split)[1]
         result["composed queries, simplified gallery"] = accuracy(*mixed, dataset)
 
-    # A feature must not depend on the images beside it: one image alone, and all in another order.
-    alone = evaluate.extract(model, paths[:1], prompts[-1], TEST_BATCH)
-    result["alone and among others"] = F.cosine_similarity(alone, best[:1]).item()
+    # A feature must not depend on the images beside it: one image alone, then all images in another order.
+    alone, among = extract(paths[:1], prompts[-1])[0], features[prompts[-1]][0]  # (D,)
+    result["alone and among others"] = round(F.cosine_similarity(alone, among, dim=0).item(), 4)
     if result["alone and among others"] < 0.999:
-        for name, vector in (("alone", alone[0]), (f"among {TEST_BATCH - 1} others", best[0])):
-            print(f"feature of {paths[0].name} {name}: {' '.join(f'{x:+.4f}' for x in vector[:6].tolist())} ...")
-        print(f"cosine similarity of the two: {result['alone and among others']:.4f}")
+        for name, feature in (("alone", alone), (f"among {TEST_BATCH - 1} others", among)):
+            print(f"feature of {paths[0].name} {name}: {' '.join(f'{x:+.4f}' for x in feature[:6].tolist())} ...")
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         for prompt in prompts[1:]:
-            shuffled = evaluate.extract(model, [paths[i] for i in order], prompt, TEST_BATCH)[order.argsort()]
-            result[f"{prompt}, shuffled"] = accuracy(*shuffled.split(split), dataset)
-            in_order, mixed_up = result[prompt]["mAP"], result[f"{prompt}, shuffled"]["mAP"]
-            print(f"{prompt} prompt, test images in sorted order: mAP {in_order:.1%}, shuffled: {mixed_up:.1%}")
+            shuffled = extract([paths[i] for i in order], prompt)[order.argsort()].split(split)
+            result[f"{prompt}, shuffled"] = accuracy(*shuffled, dataset)
+            print(f"{prompt} prompt: sorted order {result[prompt]}, shuffled {result[f'{prompt}, shuffled']}")
     if dataset.name == "synthetic":
         known = [i for i, sample in enumerate(samples) if sample.pid > 0]  # all but the distractors
         result["text to image"] = text_to_image(model, [samples[i] for i in known], features["none"][known], draw_seed)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from common import Row, Variant, difference, run, spread
 from torch import Tensor, nn
+from util.device import run_script
 
 import losses
 from clip import ResidualAttentionBlock, num_heads, tokenize
@@ -338,4 +339,4 @@ def print_table(title: str, rows: list[Row], found: Callable) -> None:
 
 
 if __name__ == "__main__":
-    run(TABLES, __doc__, print_table)
+    run_script(lambda: run(TABLES, __doc__, print_table))

@@ -99,7 +99,7 @@ def test_a_row_is_trained_once_measured_and_printed(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["readings.py", *flags])
     common.run(readings.TABLES, "", readings.print_table)
     printed = capsys.readouterr().out
-    assert "== 2 trainings left" in printed and f"| {row} |" in printed and "shuffled: " in printed
+    assert "== 2 trainings left" in printed and f"| {row} |" in printed and "shuffled {" in printed
     results = tmp_path / "experiments" / "results" / "synthetic-tiny.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["alone and among others"] > 0.999 for line in lines] == [True, False]
