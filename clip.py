@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.machine import one_line
+from util.device import one_line
 from util.weights import download, read_weights
 
 # The folder before the file's name is the file's sha256.
@@ -353,6 +353,7 @@ class CLIP(nn.Module):
         stride = patch_size or 16 * last_stride
         if any(side % stride for side in image_size):
             raise ValueError(f"image size {image_size[0]}x{image_size[1]} does not divide by {stride}, a token's side")
+        self.image_size = image_size
         self.grid = (image_size[0] // stride, image_size[1] // stride)
         if patch_size:
             self.visual = VisionTransformer(self.grid, patch_size, vision_width, vision_layers, embed_dim)

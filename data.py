@@ -1,26 +1,28 @@
-"""Person re-identification data: readers, transforms, PK sampler, loaders.
+"""Person re-identification data: datasets, image files, PK sampler, data loaders.
 
-A reader turns an owner's folder into a Dataset of three lists of Samples. In a sample, pid is the identity
-("person id") and camid the camera, both as the owner numbers them; in `train`, pids are relabelled to 0 .. K-1.
+A dataset is three lists of samples: train, query and gallery. A sample is an image file with its identity (pid) and its
+camera (camid), numbered as in the dataset. In train, the identities are relabelled 0 .. K-1.
 """
 
-import math
+import hashlib
 import os
 import random
 import re
+import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from torchvision.transforms import v2
 
 import clip
-from util import demo, machine
-from util.pictures import count_passed_over, open_picture
+from util.device import ignore_interrupts, one_line
 
 
 class Sample(NamedTuple):
@@ -35,23 +37,33 @@ class Dataset(NamedTuple):
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
-    passed_over: list[Path] = []  # files whose names are not of the dataset's pattern
+    skipped: list[Path] = []  # files that are no images of the dataset, by their names
 
     @property
     def num_identities(self) -> int:
-        """Identities to classify in training."""
+        """Number of identities in train."""
         return len({sample.pid for sample in self.train})
 
     @property
     def version(self) -> str | None:
-        """Of MSMT17, whose two versions score differently: V1, or V2 with its faces masked."""
-        is_masked = "mask_train_v2" in self.train[0].path.parts
-        return ("V2" if is_masked else "V1") if self.name == "msmt17" else None
+        """Version of MSMT17: V1, or V2 with masked faces. Their results do not compare. None for other datasets."""
+        if self.name != "msmt17":
+            return None
+        first = (self.train or self.query or self.gallery)[0].path
+        return "V2" if first.relative_to(self.folder).parts[0].startswith("mask_") else "V1"
+
+    @property
+    def can_be_evaluated(self) -> bool:
+        """True if some query has an image of its identity from another camera in the gallery."""
+        cameras = defaultdict(set)
+        for sample in self.gallery:
+            cameras[sample.pid].add(sample.camid)
+        return any(cameras.get(sample.pid, set()) - {sample.camid} for sample in self.query)
 
 
-# -------------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------------- datasets
 
-# (identities, images, cameras) as published; Market-1501's gallery without its junk, with its distractors (identity 0).
+# Published (identities, images, cameras). Market-1501's gallery is counted without junk and with distractors (pid 0).
 OFFICIAL = {
     "market1501": {"train": (751, 12936, 6), "query": (750, 3368, 6), "gallery": (751, 15913, 6)},
     "msmt17": {"train": (1041, 32621, 15), "query": (3060, 11659, 15), "gallery": (3060, 82161, 15)},
@@ -59,118 +71,122 @@ OFFICIAL = {
     "cuhk03": {"train": (767, 7368, 2), "query": (700, 1400, 2), "gallery": (700, 5328, 2)},
     "cuhk03-detected": {"train": (767, 7365, 2), "query": (700, 1400, 2), "gallery": (700, 5332, 2)},
 }
+# Where each dataset is looked for below --data-root: its owners' folder name first, then other common ones.
 FOLDERS = {
-    "market1501": ("Market-1501-v15.09.15", "market1501"),
+    "market1501": ("Market-1501-v15.09.15", "Market-1501", "Market1501", "market1501"),
     "msmt17": ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
-    "dukemtmc": ("DukeMTMC-reID", "dukemtmc"),
-    "cuhk03": ("cuhk03-np/labeled",),
-    "cuhk03-detected": ("cuhk03-np/detected",),
+    "dukemtmc": ("DukeMTMC-reID", "DukeMTMC", "dukemtmc-reid", "dukemtmcreid", "dukemtmc"),
+    "cuhk03": ("cuhk03-np/labeled", "cuhk03_np/labeled", "CUHK03-NP/labeled"),
+    "cuhk03-detected": ("cuhk03-np/detected", "cuhk03_np/detected", "CUHK03-NP/detected"),
     "synthetic": ("synthetic",),
     "folder": ("",),
 }
-MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
-# Picture, camera, pid.
-MSMT17_LINE = re.compile(r"(\d+/\d+_\d+_(\d+)_[^\s/]*\.(?:jpg|jpeg|png))\s+(\d+)", re.IGNORECASE)
-JUNK = -1  # Market-1501's identity of bad detections, which count neither as right nor as wrong
+# The image folder of each subset and its list files. Without list files, identity and camera are in the image's name.
+MARKET1501 = {"train": ("bounding_box_train",), "query": ("query",), "gallery": ("bounding_box_test",)}
+MSMT17_V1 = {
+    "train": ("train", "list_train.txt", "list_val.txt"),
+    "query": ("test", "list_query.txt"),
+    "gallery": ("test", "list_gallery.txt"),
+}
+MSMT17_V2 = {subset: (f"mask_{images}_v2", *lists) for subset, (images, *lists) in MSMT17_V1.items()}
+MARKET1501_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
+MSMT17_LINE = re.compile(r"(\d+/\d+_\d+_(?P<camid>\d+)_[^\s/]*\.(?:jpg|jpeg|png))\s+(?P<pid>\d+)", re.IGNORECASE)
+JUNK = -1  # identity of Market-1501's bad detections, which are neither right nor wrong matches
 
 
-def load_dataset(name: str, root: str | Path = "data") -> Dataset:
-    """Reads one of FOLDERS below `root`. "synthetic" is drawn there first if it is missing.
+def load_dataset(
+    name: str, root: str | Path = "data", subsets: tuple[str, ...] = ("train", "query", "gallery")
+) -> Dataset:
+    """Read the names of a dataset's images below `root`. Subsets that are not named stay empty.
 
-    Raises FileNotFoundError, with the layout expected, if a folder or list is missing; ValueError if `name` is none of
-    FOLDERS, `root` no folder, or a subset empty.
+    Raises:
+        FileNotFoundError: no dataset of this name is there; the message shows the expected folders and lists.
+        ValueError: the name is not in FOLDERS, a subset has no image, or a name or line is not as expected.
     """
-    root = Path(root)
     if name not in FOLDERS:
-        raise ValueError(f"no dataset {name}: give --dataset one of {', '.join(FOLDERS)}")
-    if os.path.lexists(root) and not root.is_dir():
-        raise ValueError(f"--data-root {root} is a file, or a link that leads nowhere: give a folder")
-    if name == "synthetic" and not os.path.lexists(root / "synthetic"):
-        demo.draw_dataset(root / "synthetic", MARKET_FOLDERS)
-    folder = find_folder(name, root)
-    train, query, gallery, passed_over = (read_msmt17 if name == "msmt17" else read_market)(folder)
-    labels = {pid: label for label, pid in enumerate(sorted({sample.pid for sample in train}))}
-    train = [sample._replace(pid=labels[sample.pid]) for sample in train]
-    return Dataset(name, folder, train, query, gallery, passed_over)
+        raise ValueError(f"no dataset {name}: choose one of {', '.join(FOLDERS)}")
+    folder, layout = find_folder(name, Path(root), subsets)
+    samples, skipped = {"train": [], "query": [], "gallery": []}, []
+    for subset in subsets:
+        images, *lists = layout[subset]
+        if lists:
+            samples[subset] = [sample for file in lists for sample in read_list(folder / file, folder / images)]
+        else:
+            samples[subset], others = read_folder(folder / images)
+            skipped += others
+    labels = {pid: label for label, pid in enumerate(sorted({sample.pid for sample in samples["train"]}))}
+    samples["train"] = [sample._replace(pid=labels[sample.pid]) for sample in samples["train"]]
+    return Dataset(name, folder, **samples, skipped=skipped)
 
 
-def find_folder(name: str, root: Path) -> Path:
-    """The first folder below `root` that holds the dataset; FileNotFoundError with advice if there is none."""
-    inside = ["train|mask_train_v2", "list_train.txt"] if name == "msmt17" else list(MARKET_FOLDERS.values())
+def find_folder(name: str, root: Path, subsets: tuple[str, ...]) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """Return the folder of a dataset and its layout. Raise FileNotFoundError if it is missing or incomplete."""
 
-    def is_there(path: Path) -> bool:
-        return path.is_file() if path.suffix == ".txt" else path.is_dir()
+    def entries(layout: dict[str, tuple[str, ...]]) -> list[str]:
+        return list(dict.fromkeys(entry for subset in subsets for entry in layout[subset]))
 
-    def holds(folder: Path) -> bool:
-        return all(any(is_there(folder / entry) for entry in choices.split("|")) for choices in inside)
+    def closeness(place: tuple[Path, dict[str, tuple[str, ...]]]) -> tuple:
+        folder, layout = place
+        present = sum((folder / entry).exists() for entry in entries(layout))
+        return folder.is_dir(), present, ("V2" in folder.name) == (layout is MSMT17_V2)
 
-    candidates = [root / folder for folder in FOLDERS[name]]
-    for folder in candidates:
-        if holds(folder):
-            return folder
-    expected = f"expected {candidates[0]}/{{{','.join(inside)}}}"
-    if holds(root):
-        raise FileNotFoundError(f"{root} is {name} itself: give --data-root the folder above it ({expected})")
-    for folder in candidates:
-        nested = next((child for child in folder.glob("*/") if holds(child)), None)
-        if nested:
-            raise FileNotFoundError(f"{name} lies one folder too deep, in {nested}: move it up ({expected})")
-    raise FileNotFoundError(f"{name} is not under {root}: {expected}; docs/data.md says where to get it")
+    layouts = [MSMT17_V1, MSMT17_V2] if name == "msmt17" else [MARKET1501]
+    places = [(root / folder, layout) for folder in FOLDERS[name] for layout in layouts]
+    for folder, layout in places:
+        if all((folder / entry).exists() for entry in entries(layout)):
+            return folder, layout
+    folder, layout = max(places, key=closeness)
+    where = printable(folder)
+    missing = [entry for entry in entries(layout) if not (folder / entry).exists()]
+    note = f" ({', '.join(missing)} missing)" if folder.is_dir() else ""
+    raise FileNotFoundError(f"no dataset at {where}: expected {where}/{{{','.join(entries(layout))}}}{note}")
 
 
-def read_market(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample], list[Path]]:
-    """Market-1501's layout, which DukeMTMC-reID and CUHK03-NP share: identity and camera stand in the file name.
+def read_folder(folder: Path) -> tuple[list[Sample], list[Path]]:
+    """Read a folder in Market-1501's layout. Return samples without junk, and the files of other names.
 
-    Junk, identity -1, is left out. Files of another pattern are passed over (Market-1501 ships a Thumbs.db); these are
-    returned last. ValueError if nothing else is there.
+    DukeMTMC-reID and CUHK03-NP share this layout. Market-1501 itself contains other files (Thumbs.db).
     """
-    subsets, passed_over = [], []
-    for subfolder in MARKET_FOLDERS.values():
-        matches = [(path, MARKET_NAME.fullmatch(path.name)) for path in sorted((folder / subfolder).iterdir())]
-        samples = [Sample(path, int(match[1]), int(match[2])) for path, match in matches if match]
-        others = [path for path, match in matches if not match]
-        subsets.append([sample for sample in samples if sample.pid != JUNK])
-        passed_over += others
-        if not subsets[-1]:
-            there = count_passed_over(others) if others else "it is empty, or all junk"
-            raise ValueError(f"no picture in {folder / subfolder} has a name like 0002_c1_anything.jpg: {there}")
-    return *subsets, passed_over
+    matches = [(path, MARKET1501_NAME.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    samples = [parse_sample(path, match) for path, match in matches if match]
+    samples = [sample for sample in samples if sample.pid != JUNK]
+    skipped = [path for path, match in matches if not match]
+    if not samples:
+        found = count_skipped(skipped) if skipped else "it is empty or all junk"
+        raise ValueError(f"no image in {printable(folder)} has a name like 0002_c1_anything.jpg: {found}")
+    return samples, skipped
 
 
-def read_msmt17(folder: Path) -> tuple[list[Sample], list[Sample], list[Sample], list[Path]]:
-    """MSMT17 V1 (train, test) or V2 (mask_train_v2, mask_test_v2) by its list files; train is train + val."""
-    train_folder = next(path for path in (folder / "train", folder / "mask_train_v2") if path.exists())
-    test_folder = folder / train_folder.name.replace("train", "test")
-    if not test_folder.is_dir():
-        raise FileNotFoundError(f"MSMT17's {test_folder} is missing: unpack the dataset again")
+def read_list(file: Path, images: Path) -> list[Sample]:
+    """Read a list file of MSMT17: lines of an image's path below `images` and its identity."""
+    samples = []
+    for line in file.read_text("utf-8-sig", "surrogateescape").split("\n"):
+        match = MSMT17_LINE.fullmatch(line.strip())
+        if match:
+            samples.append(parse_sample(images / match[1], match))
+        elif line.strip():
+            raise ValueError(f"{printable(file)} has a line that is not of MSMT17's pattern: {line[:80]!r}")
+    if not samples:
+        raise ValueError(f"{printable(file)} lists no images: unpack the dataset again")
+    return samples
 
-    def read_list(name: str, pictures: Path) -> list[Sample]:
-        """Lines of a picture's path and its identity; the camera is the third number in the picture's name."""
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"MSMT17's {name} is missing in {folder}: unpack the dataset again")
-        samples = []
-        for line in (folder / name).read_text("utf-8-sig", "replace").split("\n"):
-            if not line.strip():
-                continue
-            match = MSMT17_LINE.fullmatch(line.strip())
-            if not match:
-                raise ValueError(f"{folder / name} has a line not of MSMT17's pattern: {line[:80]!r}")
-            samples.append(Sample(pictures / match[1], int(match[3]), int(match[2])))
-        if not samples:
-            raise ValueError(f"{folder / name} lists no pictures: unpack the dataset again")
-        return samples
 
-    train = read_list("list_train.txt", train_folder) + read_list("list_val.txt", train_folder)
-    return train, read_list("list_query.txt", test_folder), read_list("list_gallery.txt", test_folder), []
+def parse_sample(path: Path, match: re.Match) -> Sample:
+    """Return a sample with the identity and the camera that match. Numbers must fit a tensor of 64-bit integers."""
+    pid, camid = match["pid"], match["camid"]
+    if max(len(pid), len(camid)) > 18:
+        raise ValueError(f"identity or camera of {printable(path)} has more than 18 digits: give it a smaller number")
+    return Sample(path, int(pid), int(camid))
 
 
 def summary(dataset: Dataset) -> str:
-    """The table the field expects, with a warning for every subset that differs from the published counts."""
-    name = " ".join(filter(None, (dataset.name, dataset.version)))
-    lines = [f"{name}, read from {dataset.folder}", "subset           | # ids | # images | # cameras"]
+    """Return a table of identities, images and cameras, and warnings where they differ from the published counts."""
+    title = " ".join(filter(None, (dataset.name, dataset.version)))
+    lines = [f"{title}, read from {printable(dataset.folder)}", "subset           | # ids | # images | # cameras"]
     for subset in ("train", "query", "gallery"):
         samples = getattr(dataset, subset)
+        if not samples:
+            continue
         found = len({sample.pid for sample in samples}), len(samples), len({sample.camid for sample in samples})
         lines.append(f"{subset:<16} | {found[0]:5d} | {found[1]:8d} | {found[2]:9d}")
         official = OFFICIAL.get(dataset.name, {}).get(subset, found)
@@ -178,26 +194,131 @@ def summary(dataset: Dataset) -> str:
             should, has = ("{} ids, {} images, {} cameras".format(*counts) for counts in (official, found))
             lines.append(
                 f"warning: {dataset.name}'s {subset} should have {should}, not {has}: "
-                "results will not compare with published ones"
+                "results do not compare with published ones"
             )
-    if dataset.passed_over:
-        lines.append(count_passed_over(dataset.passed_over))
+    # MSMT17 restarts its numbers in the test split, so that equal numbers are different people.
+    if dataset.name != "msmt17":
+        test_pids = {sample.pid for sample in dataset.query + dataset.gallery}
+        train_pids = {int(MARKET1501_NAME.fullmatch(sample.path.name)["pid"]) for sample in dataset.train}
+        if shared := sorted(train_pids & test_pids):
+            lines.append(f"warning: {len(shared)} identities are in both train and test (first: {shared[0]})")
+    if dataset.query and dataset.gallery and not dataset.can_be_evaluated:
+        lines.append(
+            "warning: no query has an image of its identity from another camera in the gallery, "
+            "so nothing can be evaluated: train with --eval-every 0"
+        )
+    if dataset.skipped:
+        lines.append(count_skipped(dataset.skipped))
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------- transforms
+def digest(samples: list[Sample]) -> str:
+    """Return the SHA-256 of identities and file names, by which a resumed run recognises its training data."""
+    lines = sorted(f"{sample.pid} {sample.path.name}" for sample in samples)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture file at (height, width): uint8 (3, H, W). Raises as `open_picture` does."""
-    pixels = v2.functional.pil_to_tensor(open_picture(path))
+# ---------------------------------------------------------------------------------------------- image files
+
+# Formats that Pillow reads itself. It would hand an EPS file, whatever its name, to Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+ROTATIONS = {  # EXIF's orientation -> how to turn the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A PNG file with a long text is an image like any other.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file as RGB, turned upright by its EXIF orientation. Of a GIF, open the first frame.
+
+    16 bits become 8 (division by 256). Raises OSError, in one line, if the file cannot be read, if its values are not
+    of 8 or 16 bits, or if it has more than 89 million pixels (Pillow's limit against decompression bombs).
+    """
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise OSError("no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                is_16_bit = image.format in ("PNG", "TIFF") and bool(re.search(r";1[26]", str(image.tile)))
+                image.load()
+                try:
+                    orientation = image.getexif().get(ExifTags.Base.Orientation)
+                except Exception:  # broken metadata do not make an image unreadable
+                    orientation = None
+                if is_16_bit and image.mode.startswith("I"):
+                    image = Image.fromarray((torch.tensor(list(image.getdata())).view(image.height, -1) >> 8).numpy())
+                if image.mode in ("I", "F"):
+                    kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
+                    raise OSError(f"its values are {kind}, of unknown scale")
+                image = image.convert("RGB")
+                return image.transpose(ROTATIONS[orientation]) if orientation in ROTATIONS else image
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raise OSError(f"cannot read image {printable(path)} ({one_line(error)}): replace or remove it") from error
+
+
+def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """Read an image at (height, width) as uint8 (3, H, W). Raise OSError as open_image does."""
+    pixels = v2.functional.pil_to_tensor(open_image(path))
     return v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def augmentation(size: tuple[int, int]) -> v2.Transform:
-    """What prior work does to a training picture (Luo et al. 2019, [24]), on uint8 (3, H, W).
+def find_images(paths: list[str | Path]) -> list[Path]:
+    """Return files as given, and all image files below folders, linked folders included. Print how many are skipped.
 
-    Flip, pad by 10 and crop, erase a rectangle (filled with CLIP's mean colour, which is 0 after normalisation).
+    Raises FileNotFoundError if a path does not exist, or if there is no image.
+    """
+    images, skipped, searched = [], [], set()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {printable(path)}")
+        if not path.is_dir():
+            images.append(path)
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in searched:  # a link to a folder above would be followed for ever
+                subfolders.clear()
+                continue
+            searched.add(os.path.realpath(folder))
+            subfolders.sort()
+            for file in (Path(folder, name) for name in sorted(names)):
+                # macOS writes notes on a file x.jpg into a file ._x.jpg.
+                is_image = file.suffix.lower() in SUFFIXES and not file.name.startswith("._") and file.is_file()
+                (images if is_image else skipped).append(file)
+    if skipped:
+        print(count_skipped(skipped))
+    if not images:
+        raise FileNotFoundError(f"no images in {', '.join(map(printable, paths))}: give image files or folders of them")
+    return images
+
+
+def printable(path: str | Path) -> str:
+    """Return a path that can be printed in one line: what is not text or not in stdout's encoding is escaped."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def count_skipped(files: list[Path]) -> str:
+    """Return a line that counts skipped files and names the first one."""
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'} skipped (first: {printable(files[0].name)})"
+
+
+# ------------------------------------------------------------------------------------- sampler and loaders
+
+
+def augmentation(size: tuple[int, int]) -> v2.Transform:
+    """Return the training augmentation of the strong baseline (Luo et al. 2019, [24]) for uint8 (3, H, W).
+
+    Flip, pad by 10 pixels and crop, erase a rectangle (filled with CLIP's mean colour, which is 0 after normalisation).
     """
     mean_colour = [round(255 * channel) for channel in clip.MEAN]
     return v2.Compose(
@@ -210,22 +331,18 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
     )
 
 
-# ------------------------------------------------------------------------------------- sampler and loaders
-
-
 class PKSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of P identities x K pictures ("16 identities with 4 images per identity", section 5.1).
+    """Batches of P identities x K images ("16 identities with 4 images per identity", section 5.1).
 
-    A picture is its index and the seed of its augmentation, so that no result depends on the number of loader
-    processes, and an epoch may be taken up in its middle.
+    An image is an index and the seed of its augmentation, so that results do not depend on the number of loader
+    processes. The same seed and epoch give the same batches.
 
-    An epoch follows the RandomIdentitySampler of the bag-of-tricks baseline [24]: each identity's pictures, shuffled,
-    are dealt into groups of K (an identity with fewer repeats some; the last incomplete group is left out); each batch
-    takes one group of P random identities that have one left; the epoch ends when fewer than P identities have.
+    An epoch follows RandomIdentitySampler of the strong baseline [24]. Each identity's images are shuffled and divided
+    into groups of K; an identity with fewer images repeats some, and an incomplete last group is skipped. Each batch
+    takes one group of each of P random identities. The epoch ends when fewer than P identities have groups left.
 
-    `len` is the true number of batches, skipped ones included. The same seed and epoch give the same batches.
-    rank, world_size: of several processes, each takes its own share of every batch's identities.
-    Raises ValueError if there are fewer than P identities, or if P cannot be shared evenly.
+    With several processes, process `rank` of `world_size` takes its share of each batch's identities.
+    Raises ValueError if there are fewer than P identities, or if world_size does not divide P.
     """
 
     def __init__(
@@ -255,8 +372,8 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.set_epoch(1)
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Deals the batches of an epoch, of which iteration leaves out the first `skip`."""
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of an epoch."""
         rng = random.Random(f"{self.seed} {epoch}")
         groups = {}
         for pid, indices in self.indices.items():
@@ -273,81 +390,81 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
                 if not groups[pid]:
                     del groups[pid]
             self.batches.append([(index, rng.getrandbits(63)) for index in batch])
-        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter([batch[self.share] for batch in self.batches[self.skip :]])
+        return iter([batch[self.share] for batch in self.batches])
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Samples as (uint8 picture (3, H, W), pid)."""
+class TrainImages(torch.utils.data.Dataset):
+    """Augmented training images (uint8 (3, H, W), pid), indexed by PKSampler's (index, seed)."""
 
     def __init__(self, samples: list[Sample], size: tuple[int, int]):
-        self.samples, self.size = samples, size
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_picture(self.samples[index].path, self.size), self.samples[index].pid
-
-
-class AugmentedPictures(Pictures):
-    """The same, augmented; indexed as PKSampler does, by index and seed.
-
-    cache: keep every picture, decoded and resized, in memory that the loader processes share and fill as they go.
-    Raises ValueError, with the size, if that memory is not there.
-    """
-
-    def __init__(self, samples: list[Sample], size: tuple[int, int], cache: bool = False):
-        super().__init__(samples, size)
-        self.augment = augmentation(size)
-        self.cache = None
-        if cache:
-            needed = len(samples) * 3 * math.prod(size)
-            machine.require_shared_memory(needed, "drop --cache")
-            print(f"caching {len(samples)} pictures takes {needed / 1e9:.1f} GB of shared memory")
-            self.cache = torch.empty(len(samples), 3, *size, dtype=torch.uint8).share_memory_()
-            self.is_cached = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+        self.samples, self.size, self.augment = samples, size, augmentation(size)
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = index_and_seed
-        if self.cache is None:
-            picture = read_picture(self.samples[index].path, self.size)
-        else:
-            if not self.is_cached[index]:
-                self.cache[index] = read_picture(self.samples[index].path, self.size)
-                self.is_cached[index] = True
-            picture = self.cache[index]
-        torch.default_generator.manual_seed(seed)  # the generator that torchvision's transforms draw from
-        return self.augment(picture), self.samples[index].pid
+        image = read_image(self.samples[index].path, self.size)
+        with torch.random.fork_rng(devices=[]):  # the state of the global generator is kept
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA, which is slow
+            return self.augment(image), self.samples[index].pid
 
 
-def make_loader(pictures: Pictures, count: int, workers: int, **batches) -> DataLoader:
-    """count: pictures in a batch; each loader process prepares two batches ahead, in shared memory."""
-    needed = 2 * workers * count * 3 * math.prod(pictures.size)
-    machine.require_shared_memory(needed, "use fewer --workers, or give Docker a larger --shm-size")
-    return DataLoader(
-        pictures,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=machine.ignore_interrupts,
-        **batches,
-    )
+class TestImages(torch.utils.data.Dataset):
+    """Images (uint8 (3, H, W), ""), or, if one cannot be read, (black, error message)."""
+
+    def __init__(self, paths: list[str | Path], size: tuple[int, int]):
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return read_image(self.paths[index], self.size), ""
+        except OSError as error:
+            return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
+
+
+def collate(batch: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    images, errors = zip(*batch)
+    return default_collate(images), [error for error in errors if error]
 
 
 def train_loader(
-    samples: list[Sample], sampler: PKSampler, size: tuple[int, int], workers: int, cache: bool = False
+    samples: list[Sample], sampler: PKSampler, image_size: tuple[int, int], workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Augmented batches (images uint8 (P * K, 3, H, W), labels (P * K,)) in the sampler's order."""
-    pictures = AugmentedPictures(samples, size, cache)
-    count = sampler.num_ids * sampler.num_images
-    return make_loader(pictures, count, workers, batch_sampler=sampler, persistent_workers=workers > 0)
+    """Return a loader of augmented batches (images uint8 (P * K, 3, H, W), labels (P * K,)) in the sampler's order."""
+    return DataLoader(
+        TrainImages(samples, image_size),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # otherwise each epoch would draw from the global generator
+    )
 
 
-def test_loader(samples: list[Sample], size: tuple[int, int], batch_size: int, workers: int) -> DataLoader:
-    """Batches (images uint8 (B, 3, H, W), pids (B,)) in the order of `samples`."""
-    return make_loader(Pictures(samples, size), batch_size, workers, batch_size=batch_size)
+def image_loader(
+    paths: list[str | Path],
+    image_size: tuple[int, int],
+    batch_size: int = 128,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of batches (images uint8 (B, 3, H, W), error messages) in the order of `paths`.
+
+    An image that cannot be read is black, and its error is among the messages.
+    """
+    return DataLoader(
+        TestImages(paths, image_size),
+        batch_size=batch_size,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),
+    )

@@ -1,404 +1,280 @@
-"""Trains PromptSG as section 5.1 of the paper says. Every default below is the paper's unless its help says otherwise.
+"""Train PromptSG as in section 5.1 of the paper.
 
-python train.py --dataset synthetic --backbone tiny          the demo: needs no download and no GPU
-python train.py --dataset msmt17 --backbone vit              the paper's run
+python train.py --dataset msmt17 --backbone vit         the paper's run
+python train.py --dataset synthetic --backbone tiny     the demo: no data, no download, no GPU
+torchrun --nproc_per_node 4 train.py ...                several GPUs, which share each batch
+
+A run is a directory with last.pt, log.jsonl (one line per epoch), args.json and curves.png. It is
+saved and resumed between epochs. All randomness is derived from the seed and the epoch, so a resumed
+run equals an uninterrupted one.
 """
 
 import argparse
-import math
-import os
-import sys
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
 
 import clip
 import data
 import evaluate
 import losses
-from model import BACKBONES, COMPOSED_PROMPT, Output, PromptSG, build_model, count_learnable, restore_model
-from util import machine
+from demo import draw, tiny_clip
+from model import COMPOSED_PROMPT, PromptSG, count_learnable, restore_model, tokenize_composed
+from util import checkpoint
 from util.curves import draw_curves
-from util.run import CHECKPOINT_VERSION, Folder, Stop, digest, find_run, lock, settings_of
+from util.device import (
+    PRECISIONS,
+    autocast,
+    default_precision,
+    default_workers,
+    distribute,
+    gather,
+    rank,
+    run_script,
+    setup,
+    show_progress,
+    world_size,
+)
 
-TRAINING_GFLOP = {"vit": 74.9, "resnet": 62.5}  # for a picture of 256x128, as tests/benchmark.py counts it
-# The demo's. As in the paper, the encoder learns at a tenth of the new modules' rate.
-TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": [128, 64]}
-
-
-# -------------------------------------------------------------------------------------------- the update
-
-TERMS = ("loss", "loss_triplet", "loss_id", "loss_supcon", "accuracy")
-
-
-def update(run: "Run", images: Tensor, labels: Tensor) -> Tensor:
-    """One step on a batch, uint8 images (B, 3, H, W) and labels (B,); returns its row of TERMS, on the device."""
-    args = run.args
-    images = clip.normalize(images.to(args.device, non_blocking=True))  # (B, 3, H, W)
-    labels = labels.to(args.device, non_blocking=True)  # (B,)
-    with machine.autocast(args):
-        output = run.forward(images)
-    output, labels = gather_batch(output, labels)  # of all processes, if there are several
-
-    triplet = sum(losses.triplet_loss(x, labels, args.margin) for x in output.triplet_features)  # Eq. 9, section 4.3
-    identity = losses.identity_loss(output.logits, labels, args.label_smoothing)  # Eq. 8
-    supcon = losses.supcon_loss(output.image, output.text, labels, run.temperature, run.directions)  # Eqs. 4-6
-    loss = triplet + identity + args.supcon_weight * supcon  # Eq. 10
-
-    run.optimizer.zero_grad()
-    # DistributedDataParallel takes the mean of the processes' gradients; the sum is wanted.
-    run.scaler.scale(loss * machine.world_size()).backward()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
-    return torch.stack([loss, triplet, identity, supcon, accuracy]).detach()
-
-
-def gather_batch(output: Output, labels: Tensor) -> tuple[Output, Tensor]:
-    """The whole batch's, from the part of each process: every process computes the same losses."""
-    gather = machine.gather
-    triplet_features = [gather(features) for features in output.triplet_features]
-    return Output(triplet_features, gather(output.logits), gather(output.image), gather(output.text)), gather(labels)
-
-
-def make_optimizer(model: PromptSG, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Adam (section 5.1), its whole update in one pass over the weights."""
-    groups = model.parameter_groups(args.lr_visual, args.lr_new)
-    return torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
-
-
-# ------------------------------------------------------------------------------------------------ the run
-
-
-class Run:
-    """All that a run must remember to go on as if it had never stopped.
-
-    No state of a random generator is among it: the weights are drawn from the seed, and each epoch's batches and
-    augmentations from the seed and the epoch's number.
-    """
-
-    def __init__(self, model: PromptSG, args: argparse.Namespace, train_digest: str = ""):
-        self.model = model
-        self.args = args
-        self.train_digest = train_digest
-        self.folder = Folder(args)
-        self.forward = machine.distribute(model)
-        if args.compile:
-            self.forward = torch.compile(self.forward)
-        self.optimizer = make_optimizer(model, args)
-        self.scheduler = StepLR(self.optimizer, args.decay_every, args.decay_factor)
-        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-        self.temperature = args.temperature or model.temperature
-        dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
-        # Table 3 b) and c) drop one; without the inversion network (Table 4) there is none.
-        self.directions = [name for name in dropped if model.inversion and not dropped[name]]
-        self.epoch = 0  # whole epochs done
-        self.rows = []  # of the next epoch: the TERMS of each step done
-        self.log = []  # a record an epoch
-        self.best = 0.0  # mAP
-        self.saved_at = time.monotonic()
-
-    def learning_rates(self) -> list[float]:
-        """Of the visual encoder and of the new modules."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def means(self) -> dict[str, float]:
-        """The TERMS, averaged over the epoch's steps so far."""
-        return {term: sum(column) / len(column) for term, column in zip(TERMS, zip(*self.rows))}
-
-    def end_epoch(self, images_per_second: float) -> None:
-        """Adds the epoch to the log and turns to the next."""
-        self.epoch += 1
-        record = {"epoch": self.epoch, **self.means(), "lr": self.learning_rates()[1]}
-        self.log.append({**record, "images_per_second": images_per_second})
-        self.folder.write_log(self.log)
-        self.rows = []
-        self.scheduler.step()
-
-    def is_to_be_scored(self) -> bool:
-        """Whether it stands between two epochs, with a score due that is not in the log."""
-        every = self.args.eval_every
-        is_due = every and (self.epoch % every == 0 or self.epoch == self.args.epochs)
-        return bool(is_due and not self.rows and not (self.log and "mAP" in self.log[-1]))
-
-    def is_finished(self) -> bool:
-        """Whether all epochs are done and scored."""
-        return self.epoch == self.args.epochs and not self.is_to_be_scored()
-
-    def state_dict(self) -> dict:
-        """Tensors and plain values only, so that it loads with weights_only=True."""
-        return {
-            "version": CHECKPOINT_VERSION,
-            "args": settings_of(self.args),
-            "model_args": self.model.model_args,
-            "train_digest": self.train_digest,
-            **{name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler", "scaler")},
-            **{name: getattr(self, name) for name in ("epoch", "rows", "log", "best")},
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """All but the model's weights, which `restore_model` reads. ValueError if the training data has changed."""
-        if state["train_digest"] != self.train_digest:
-            raise ValueError("the training data is not what this run began with (identities or file names differ)")
-        for name in ("optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        for name in ("epoch", "rows", "log", "best"):
-            setattr(self, name, state[name])
-
-    def save(self) -> None:
-        """Writes last.pt."""
-        self.folder.save(self.state_dict(), "last.pt")
-        self.saved_at = time.monotonic()
-
-
-def train(run: Run, dataset: data.Dataset, loader: DataLoader, stop: Stop) -> None:
-    """The epochs that are left, scored where they are to be; returns early, with everything saved, at a signal.
-
-    It saves before scoring, at the end, and after an epoch if the last time is a minute ago (ViT-B/16: 1.4 GB).
-    """
-    first_epoch = run.epoch
-    start = time.perf_counter()
-    while not stop.asked() and not run.is_finished():
-        if run.is_to_be_scored():
-            begin = time.perf_counter()
-            validate(run, dataset)
-            start += time.perf_counter() - begin  # the time of training is without it
-        else:
-            train_epoch(run, loader, stop)
-            if run.is_to_be_scored() or time.monotonic() - run.saved_at > 60:
-                run.save()
-    run.save()
-    seconds = time.perf_counter() - start
-    machine.say(f"training time (Table 6): {seconds:.0f} s for {run.epoch - first_epoch} epochs, without scoring")
-    if run.args.device.startswith("cuda"):
-        machine.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
-
-def train_epoch(run: Run, loader: DataLoader, stop: Stop) -> None:
-    """The steps of one epoch that are left, or until a signal says stop.
-
-    What a step says of itself stays on the device until a line is printed, so that no step waits for the one before.
-    Raises ValueError, in `read_rows`, for a loss that is not finite.
-    """
-    run.model.train()
-    steps_before = len(run.rows)
-    loader.batch_sampler.set_epoch(run.epoch + 1, skip=steps_before)
-    steps = min(len(loader), run.args.steps or len(loader))
-    unread = []
-    start = time.perf_counter()
-    for step, (images, labels) in enumerate(loader, steps_before + 1):
-        unread.append(update(run, images, labels))
-        is_last = step == steps or stop.asked()
-        if is_last or step % run.args.log_every == 0:
-            read_rows(run, unread, loader)
-            seconds_a_step = (time.perf_counter() - start) / (step - steps_before)
-            print_line(run, steps, seconds_a_step)
-        if is_last:
-            break
-    if step == steps:
-        run.end_epoch(run.args.batch_ids * run.args.batch_images / seconds_a_step)
-
-
-def read_rows(run: Run, unread: list[Tensor], loader: DataLoader) -> None:
-    """Moves the unread rows of TERMS from the device to the run.
-
-    Raises ValueError, with the step, its terms and its pictures, for the first row that is not finite.
-    """
-    for row in torch.stack(unread).tolist():
-        bad = [term for term, value in zip(TERMS, row) if not math.isfinite(value)]
-        if bad:
-            step = len(run.rows)
-            batch = loader.batch_sampler.batches[step]
-            names = " ".join(loader.dataset.samples[index].path.name for index, _ in batch)
-            raise ValueError(
-                f"{' and '.join(bad)} not finite at epoch {run.epoch + 1}, step {step + 1}, learning rates "
-                f"{run.learning_rates()}: lower them or use --precision fp32; nothing was saved over. Batch: {names}"
-            )
-        run.rows.append(row)
-    unread.clear()
-
-
-def print_line(run: Run, steps: int, seconds_a_step: float) -> None:
-    """How the epoch goes, for people; the loss terms are means over its steps so far."""
-    args = run.args
-    means = run.means()
-    steps_left = (args.epochs - run.epoch) * steps - len(run.rows)
-    minutes, seconds = divmod(round(steps_left * seconds_a_step), 60)
-    machine.say(
-        f"epoch {run.epoch + 1}/{args.epochs}  step {len(run.rows)}/{steps}  loss {means['loss']:.3f}"
-        f"  triplet {means['loss_triplet']:.3f}  id {means['loss_id']:.3f}  supcon {means['loss_supcon']:.3f}"
-        f"  accuracy {means['accuracy']:.1%}  {args.batch_ids * args.batch_images / seconds_a_step:.0f} images/s"
-        f"  lr {'/'.join(f'{lr:.1e}' for lr in run.learning_rates())}  {minutes}:{seconds:02d} left"
-    )
-
-
-def validate(run: Run, dataset: data.Dataset) -> None:
-    """Scores the test split with the prompt trained with: prints it, adds it to the log, keeps the best model.
-
-    Before training, when the new modules are random, it scores CLIP's own embedding v.
-    """
-    prompt = "composed" if run.model.inversion else "simplified"
-    name = f"epoch {run.epoch}, {prompt} prompt"
-    if run.epoch == 0:
-        prompt, name = "none", "before training, CLIP alone"
-    result = evaluate.score(run.model, dataset, prompt, run.args)
-    machine.say(f"{name}: {evaluate.describe(result)}")
-    run.log = run.log or [{"epoch": 0}]
-    run.log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"], "dataset_version": dataset.version}
-    run.folder.write_log(run.log)
-    if run.epoch and result["mAP"] > run.best:
-        run.best = result["mAP"]
-        best = {name: value for name, value in run.state_dict().items() if name != "optimizer"}
-        run.folder.save(best, "best.pt")
-
-
-# -------------------------------------------------------------------------------------------- the script
+CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
+TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": (128, 64)}
+# Flags that may differ when a run is resumed, because they do not change the method.
+FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "epochs", "eval_every")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Every setting and its meaning. The defaults are the paper's, but for --backbone tiny, which has its own."""
-    parser = machine.make_parser("train.py", "Train PromptSG.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    names = ", ".join(data.FOLDERS)
-    add("--dataset", choices=data.FOLDERS, default="market1501", metavar="NAME", help=f"{names} (market1501)")
-    add("--backbone", choices=BACKBONES, default="vit", help="CLIP's ViT-B/16 or RN50; tiny is for the demo (vit)")
-    add("--clip-weights", metavar="PATH", help="OpenAI's .pt file, or 'random' (downloaded on first use)")
-    add("--output", type=machine.path, metavar="DIR", help="folder of the run (runs/DATASET-BACKBONE)")
-    add("--resume", action="store_true", help="go on with the run in the output folder")
-    add("--overwrite", action="store_true", help="start anew although the output folder holds a run")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
+    add("--dataset", choices=data.FOLDERS, default="market1501", help="dataset to train on (default: market1501)")
+    add("--data-root", default="data", help="directory of the datasets (default: data)")
+    add("--backbone", choices=CLIP_NAMES, default="vit", help="CLIP ViT-B/16, CLIP RN50 or the demo's (default: vit)")
+    add("--clip-weights", help="path of a weight file, or 'random' (default: download OpenAI's weights)")
+    add("--output", help="run directory (default: runs/DATASET-BACKBONE)")
+    add("--resume", action="store_true", help="continue the run in the run directory, if there is one")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--device", help="cpu and cuda are tested; mps, xpu, ... may work (default: cuda if available, otherwise cpu)")
+    add("--precision", choices=PRECISIONS, help="precision of training (default: bf16 on CUDA, otherwise fp32)")
+    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
+    add("--eval-every", type=int, default=10, help="epochs between two evaluations; 0: never (default: 10)")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--deterministic", action="store_true", help="bit for bit reproducible on CUDA too, and slower")
 
     add = parser.add_argument_group("section 5.1").add_argument
-    add("--epochs", type=int, default=60, metavar="N", help="(60; tiny 16)")
-    add("--batch-ids", type=int, default=16, metavar="N", help="identities in a batch (16)")
-    add("--batch-images", type=int, default=4, metavar="N", help="images of each of them (4)")
-    add("--image-size", type=int, nargs=2, default=[256, 128], metavar=("H", "W"), help="(256 128; tiny 128 64)")
-    add("--lr-visual", type=float, default=5e-6, metavar="X", help="of the visual encoder (5e-6; tiny 2e-4)")
-    add("--lr-new", type=float, default=5e-5, metavar="X", help="of the new modules (5e-5; tiny 2e-3)")
-    add("--decay-every", type=int, default=20, metavar="N", help="epochs between two decays (20; tiny 12)")
-    add("--decay-factor", type=float, default=0.1, metavar="X", help="of both learning rates (0.1)")
-    add("--supcon-weight", type=float, default=0.5, metavar="X", help="lambda of Eq. 10 (0.5)")
-    add("--composed-prompt", metavar="TEXT", default=COMPOSED_PROMPT, help="section 4.1 (%(default)s)")
+    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 16)")
+    add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16)")
+    add("--batch-images", type=int, default=4, help="images per identity, K (default: 4)")
+    add("--image-size", type=int, nargs=2, default=(256, 128), help="height and width (default: 256 128, tiny 128 64)")
+    add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 2e-4)")
+    add("--lr-new", type=float, default=5e-5, help="learning rate of the new modules (default: 5e-5, tiny 2e-3)")
+    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 12)")
+    add("--decay-factor", type=float, default=0.1, help="factor of a learning rate decay (default: 0.1)")
+    add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
+    add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
 
-    add = parser.add_argument_group("chosen by us, where the paper is silent").add_argument
-    add("--temperature", type=float, metavar="X", help="tau of Eqs. 5 and 6 (CLIP's own, 0.01 in OpenAI's weights)")
-    add("--margin", type=float, default=0.3, metavar="X", help="m of Eq. 9 (0.3)")
-    add("--label-smoothing", type=float, default=0.1, metavar="X", help="of Eq. 8 (0.1)")
-    add("--weight-decay", type=float, default=1e-4, metavar="X", help="of Adam (1e-4)")
+    add = parser.add_argument_group("our choice, because the paper gives no value").add_argument
+    add("--temperature", type=float, help="tau in Eqs. 5 and 6 (default: CLIP's own)")
+    add("--margin", type=float, default=0.3, help="triplet margin m in Eq. 9 (default: 0.3)")
+    add("--label-smoothing", type=float, default=0.1, help="label smoothing in Eq. 8 (default: 0.1)")
+    add("--weight-decay", type=float, default=1e-4, help="weight decay of Adam (default: 1e-4)")
 
-    add = parser.add_argument_group("rows of the paper's tables").add_argument
-    add("--baseline", action="store_true", help="Table 2, Baseline: visual encoder, ID and triplet loss only")
-    add("--without-i2t", action="store_true", help="Table 3 b): without L_i2t^Sup")
-    add("--without-t2i", action="store_true", help="Table 3 c): without L_t2i^Sup")
-    add("--without-interaction", action="store_true", help="Table 3 d), Table 5 row 1: without MIM")
-    add("--train-prompt", choices=("composed", "simplified"), default="composed", help="Table 4 (composed)")
-    add("--blocks", type=int, choices=(0, 1, 2), default=2, help="Table 5, rows 2 to 4: transformer blocks (2)")
-
-    add = parser.add_argument_group("course of the run").add_argument
-    add("--steps", type=int, metavar="N", help="stop each epoch after so many steps, to try things out")
-    add("--eval-every", type=int, default=10, metavar="N", help="epochs between two scores; 0 never scores (10)")
-    add("--log-every", type=int, default=20, metavar="N", help="steps between two lines (20)")
-    add("--cache", action="store_true", help="keep decoded training pictures in shared memory (Market-1501: 1.3 GB)")
-    add("--compile", action="store_true", help="torch.compile: faster on CUDA after a minute or two")
-    add("--deterministic", action="store_true", help="bit for bit the same on CUDA, too, and slower")
-    machine.add_machine_flags(parser)
+    add = parser.add_argument_group("rows of Tables 2 to 5").add_argument
+    add("--baseline", action="store_true", help="Table 2: visual encoder with ID and triplet loss only")
+    add("--without-i2t", action="store_true", help="Table 3 b: no image-to-text SupCon loss")
+    add("--without-t2i", action="store_true", help="Table 3 c: no text-to-image SupCon loss")
+    add("--without-interaction", action="store_true", help="Table 3 d, Table 5 row 1: no interaction module")
+    add("--train-prompt", choices=("composed", "simplified"), default="composed", help="Table 4 (default: composed)")
+    add("--blocks", type=int, choices=(0, 1, 2), default=2, help="Table 5: transformer blocks (default: 2)")
 
     args = parser.parse_args(argv)
     if args.backbone == "tiny":
         parser.set_defaults(**TINY_DEFAULTS)
-        args = parser.parse_args(argv)  # once more: a flag that is given wins over the demo's default
+        args = parser.parse_args(argv)  # parse again, so that a flag given by the user wins over the demo's default
+    args.image_size = tuple(args.image_size)
+    args.output = args.output or f"runs/{args.dataset}-{args.backbone}"
+    if min(args.batch_ids, args.batch_images) < 2:
+        parser.error("--batch-ids and --batch-images must be at least 2: a triplet needs two identities of two images")
+    if args.epochs < 1:
+        parser.error("--epochs must be at least 1")
+    if any(side < 16 or side % 16 for side in args.image_size):
+        parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
+    try:
+        tokenize_composed(args.composed_prompt)
+    except ValueError as error:
+        parser.error(f"--composed-prompt: {error}")
     return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Fills in the defaults that depend on other flags. ValueError, in one line, for impossible combinations."""
-    positive = "epochs batch_ids batch_images decay_every decay_factor lr_visual lr_new temperature steps log_every"
-    for name in positive.split():
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
-    for name in ("seed", "margin", "weight_decay", "supcon_weight", "label_smoothing", "eval_every"):
-        if not 0 <= getattr(args, name) < 2**32:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and less than 2**32")
-    if args.label_smoothing >= 1:
-        raise ValueError("--label-smoothing must be less than 1")
-    if min(args.image_size) <= 0:
-        raise ValueError("--image-size must be more than 0")
-    if args.batch_ids < 2 or args.batch_images < 2:
-        raise ValueError("--batch-ids and --batch-images must be at least 2: a triplet needs both kinds of pairs")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite starts anew: give one of them")
-    own_weights = args.backbone == "tiny" and args.clip_weights != "random"
-    if own_weights and (args.clip_weights or args.image_size != TINY_DEFAULTS["image_size"]):
-        raise ValueError("--backbone tiny has weights of its own, for 128x64 pixels: or give --clip-weights random")
-    composes = args.train_prompt == "composed"
-    sets_supcon = args.without_i2t or args.without_t2i or args.temperature or args.supcon_weight != 0.5
-    sets_composing = sets_supcon or args.composed_prompt != COMPOSED_PROMPT
-    if args.baseline and (sets_composing or args.without_interaction or not composes or args.blocks != 2):
-        raise ValueError("--baseline has neither prompts nor interaction module: give it no flag of theirs")
-    if args.without_interaction and (not composes or args.blocks != 2):
-        raise ValueError("--without-interaction goes with the composed prompt and without --blocks; see --baseline")
-    if not composes and sets_composing:
-        raise ValueError("--train-prompt simplified has no S* and no SupCon loss: give it no flag of theirs")
-    if args.without_i2t and args.without_t2i:
-        raise ValueError("without both directions no SupCon loss is left: use --supcon-weight 0")
-    if args.compile:
-        machine.check_compile()
-    machine.check_machine_flags(args)
-    args.output = args.output or Path("runs") / f"{args.dataset}-{args.backbone}"
-
-
-def prepare(args: argparse.Namespace) -> tuple[Run, data.Dataset, DataLoader]:
-    """A new run, or the one to go on with, and its data; says what they are."""
-    checkpoint = find_run(args)
-    dataset = data.load_dataset(args.dataset, args.data_root)
-    print(data.summary(dataset))
-    pids = [sample.pid for sample in dataset.train]
-    sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, machine.rank(), machine.world_size())
-    loader = data.train_loader(dataset.train, sampler, args.image_size, args.workers, args.cache)
-
-    model = restore_model(checkpoint) if checkpoint else build_model(args, dataset.num_identities)
-    model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions prefer
-    run = Run(model, args, digest(f"{sample.pid} {sample.path.name}" for sample in dataset.train))
-    if checkpoint:
-        run.load_state_dict(checkpoint)
-    millions = count_learnable(model) / 1e6
-    print(f"{millions:.1f}M learnable parameters; {args.backbone} on {args.device}, {args.precision}")
-    if args.device == "cpu" and args.backbone in TRAINING_GFLOP:
-        print(machine.cpu_warning(1e9 * TRAINING_GFLOP[args.backbone] * len(dataset.train) * args.epochs))
-    return run, dataset, loader
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    machine.require_gpus(args)
-    machine.join_processes(args)
-    check_args(args)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    too_large = (
-        f"a batch of {args.batch_ids * args.batch_images} pictures does not fit: "
-        "--precision bf16 needs less than fp32; fewer --batch-ids help, too, and change the method"
-    )
-    with lock(args.output):
-        run, dataset, loader = prepare(args)
-        with Stop() as stop, run.folder, machine.out_of_memory(too_large):
-            run.folder.write_log(run.log)
-            train(run, dataset, loader, stop)
-    is_first = machine.leave_processes()
-    if stop.signal and not run.is_finished():
-        machine.say(f"saved in {args.output}; go on with the same command and --resume")
-        sys.exit(128 + stop.signal)
-    if is_first:
-        draw_curves(run.log, args.output / "curves.png")
-    machine.say(
-        f"the run is in {args.output}; score it again: python evaluate.py --checkpoint {args.output / 'last.pt'}"
-    )
+    folder = Path(args.output)
+    device = setup(args.device, args.deterministic)  # under torchrun: joins the other processes
+    precision = args.precision or default_precision(device)
+    workers = default_workers(device) if args.workers is None else args.workers
+    if device.type == "cpu" and args.backbone != "tiny":
+        print("no GPU: this will take days")
+    if not args.resume:
+        checkpoint.refuse_taken(folder)
+
+    # Data: batches of P identities x K images.
+    if args.dataset == "synthetic":
+        draw.draw_dataset(Path(args.data_root) / "synthetic")  # only if it is not there yet
+    subsets = ("train", "query", "gallery") if args.eval_every else ("train",)
+    dataset = data.load_dataset(args.dataset, args.data_root, subsets)
+    print(data.summary(dataset))
+    pids = [sample.pid for sample in dataset.train]
+    sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, rank(), world_size())
+    loader = data.train_loader(dataset.train, sampler, args.image_size, workers, pin_memory=device.type == "cuda")
+
+    # The checkpoint of the run to resume, if there is one.
+    settings = {**vars(args), "precision": precision}
+    defaults = vars(parse_args(["--backbone", args.backbone]))  # of flags that an older checkpoint lacks
+    digest = data.digest(dataset.train)
+    state = checkpoint.find_run(folder, settings, defaults, FREE_FLAGS, digest) if args.resume else None
+
+    # Model: CLIP and the new modules around it.
+    if state:
+        model = restore_model(state)  # a checkpoint is complete: no weights are downloaded
+    else:
+        if args.clip_weights == "random":
+            clip_model = clip.untrained(CLIP_NAMES[args.backbone], args.image_size, args.seed)
+        elif args.backbone == "tiny":
+            clip_model = tiny_clip.load(args.image_size)
+        else:
+            clip_model = clip.load(args.clip_weights or CLIP_NAMES[args.backbone], args.image_size)
+        torch.manual_seed(args.seed)
+        model = PromptSG(
+            clip_model,
+            dataset.num_identities,
+            blocks=args.blocks,
+            interaction=not (args.baseline or args.without_interaction),
+            inversion=not (args.baseline or args.train_prompt == "simplified"),
+            composed_prompt=args.composed_prompt,
+        )
+        checkpoint.start_run(folder, settings, device)
+    model.to(device, memory_format=torch.channels_last)
+    print(f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {device}, {precision}")
+
+    # SupCon (Eqs. 4 to 6): temperature and directions. Without composed prompts there is none (Table 4).
+    temperature = args.temperature or model.temperature
+    dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
+    directions = [name for name in dropped if model.inversion and not dropped[name]]
+
+    # Optimizer (section 5.1): Adam with two learning rates, multiplied by 0.1 every 20 epochs.
+    groups = model.parameter_groups(args.lr_visual, args.lr_new)
+    fused = device.type in ("cpu", "cuda", "mps", "xpu")
+    optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=fused)
+    scheduler = StepLR(optimizer, args.decay_every, args.decay_factor)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+
+    # Resume, or evaluate CLIP before training, while the new modules are still random.
+    log, first_epoch = [], 1
+    if state:
+        for name in ("optimizer", "scheduler", "scaler"):
+            parts[name].load_state_dict(state[name])
+        log, first_epoch = state["log"], state["epoch"] + 1
+        print(f"resumed after epoch {state['epoch']}")
+    elif args.eval_every:
+        result = evaluate.evaluate(model, dataset, "none", workers)
+        print(f"CLIP before training: {evaluate.describe(result)}")
+        log.append({"epoch": 0, "mAP": result["mAP"], "rank1": result["rank1"]})
+
+    # Under torchrun: DistributedDataParallel, with batch normalisation over all processes.
+    forward = distribute(model)
+    if args.compile:
+        forward = torch.compile(forward)
+
+    saved_at = time.monotonic()
+    for epoch in range(first_epoch, args.epochs + 1):
+        model.train()
+        sampler.set_epoch(epoch)
+        torch.manual_seed(1000 * args.seed + epoch)  # for dropout, should a model have it
+        history = []  # the terms of each step; they stay on the device until they are needed
+        start = time.perf_counter()
+
+        for step, (images, labels) in enumerate(loader, 1):
+            # Forward. The losses need the whole batch, so several processes gather their outputs.
+            images = clip.normalize(images.to(device, non_blocking=True))  # (B, 3, H, W)
+            labels = labels.to(device, non_blocking=True)  # (B,)
+            with autocast(device, precision):
+                output = forward(images)
+            output, labels = gather(output), gather(labels)
+
+            # Losses.
+            triplet = sum(losses.triplet_loss(x, labels, args.margin) for x in output.triplet_features)  # Eq. 9
+            identity = losses.identity_loss(output.logits, labels, args.label_smoothing)  # Eq. 8
+            supcon = losses.supcon_loss(output.image, output.text, labels, temperature, directions)  # Eqs. 4-6
+            loss = triplet + identity + args.supcon_weight * supcon  # Eq. 10
+
+            # Step. DistributedDataParallel averages the gradients of the processes; we need their sum.
+            optimizer.zero_grad()
+            scaler.scale(loss * world_size()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            # Terms. One that is added here appears in the printed line, in log.jsonl and in the curves.
+            accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
+            terms = dict(loss=loss, loss_triplet=triplet, loss_id=identity, loss_supcon=supcon, accuracy=accuracy)
+            history.append(torch.stack([term.detach() for term in terms.values()]))
+            if step % 20 == 0 or step == len(loader):
+                check_finite(torch.stack(history), list(terms), epoch)
+                show_progress(step, len(loader), f"steps of epoch {epoch}")
+
+        # Log.
+        seconds = time.perf_counter() - start
+        means = dict(zip(terms, torch.stack(history).mean(dim=0).tolist()))
+        speed = len(history) * args.batch_ids * args.batch_images / seconds
+        lr = scheduler.get_last_lr()[-1]  # of the new modules
+        log.append({"epoch": epoch, **means, "lr": lr, "seconds": seconds, "images_per_second": speed})
+        scheduler.step()
+        line = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items())
+        left = (args.epochs - epoch) * seconds / 60
+        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left:.0f} min left")
+
+        # Evaluate before saving, so that a checkpoint never lacks the result of its own epoch.
+        is_last = epoch == args.epochs
+        is_evaluated = args.eval_every > 0 and (is_last or epoch % args.eval_every == 0)
+        if is_evaluated:
+            result = evaluate.evaluate(model, dataset, workers=workers)
+            print(f"epoch {epoch}, {model.default_prompt} prompt: {evaluate.describe(result)}")
+            log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"]}
+
+        # Save evaluated epochs, the last one, and at least once a minute.
+        if is_last or is_evaluated or time.monotonic() - saved_at > 60:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"epoch": epoch, "log": log, "train_digest": digest}
+            state |= {"args": settings, "model_args": model.model_args}
+            checkpoint.save(state, folder / "last.pt")  # to a temporary file, then renamed
+            saved_at = time.monotonic()
+        checkpoint.write_log(log, folder / "log.jsonl")
+
+    # Summary.
+    if rank() == 0:
+        draw_curves(log, folder / "curves.png")
+    print(f"training time (Table 6): {sum(record.get('seconds', 0) for record in log):.0f} s, without evaluation")
+    if "mAP" in log[0] and "mAP" in log[-1]:
+        print(f"mAP {log[0]['mAP']:.1%} (CLIP before training) -> {log[-1]['mAP']:.1%}")
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+        print(f"peak GPU memory: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
+    print(f"evaluate this model: python evaluate.py --checkpoint {folder / 'last.pt'}")
+
+
+def check_finite(history: torch.Tensor, names: list[str], epoch: int) -> None:
+    """Raise ValueError, with epoch and step, if a term in history (steps, terms) is NaN or infinite."""
+    finite = history.isfinite().cpu()
+    if not finite.all():
+        step = finite.all(dim=1).tolist().index(False)
+        bad = ", ".join(name for name, is_finite in zip(names, finite[step]) if not is_finite)
+        raise ValueError(f"{bad} not finite in epoch {epoch}, step {step + 1}: lower --lr-visual and --lr-new")
 
 
 if __name__ == "__main__":
-    machine.exit_on_error(main)
+    run_script(
+        main,
+        on_interrupt="interrupted; the same command with --resume continues after the last saved epoch",
+        on_out_of_memory="see in nvidia-smi what else uses the GPU; --precision bf16 needs less memory than fp32, and "
+        "so do fewer --batch-ids, which changes the method",
+    )

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # so that plain `pytest` works as well as `python -m pytest`
+sys.path.insert(0, str(ROOT))  # plain `pytest` works as well as `python -m pytest`
 
 import clip  # noqa: E402
-import data  # noqa: E402
+from demo import draw  # noqa: E402
 from model import PromptSG  # noqa: E402
-from util import demo  # noqa: E402
 
-FLAGS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --log-every 1"
+FLAGS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --device cpu"
 FLAGS += " --lr-visual 4e-4 --lr-new 8e-4 --decay-factor 0.5 --weight-decay 1e-3"
 
 # Autograd starts its threads at its first backward pass. After torch.export that is one too many for test_processes.py,
@@ -29,20 +28,20 @@ torch.ones(1, requires_grad=True).backward()
 def demo_root(tmp_path_factory) -> Path:
     """A --data-root with a small drawing of the demo data: 20 + 6 identities, four cameras."""
     root = tmp_path_factory.mktemp("data")
-    demo.draw_dataset(root / "synthetic", data.MARKET_FOLDERS, train_ids=20, test_ids=6, pictures=8)
+    draw.draw_dataset(root / "synthetic", train_ids=20, test_ids=6, images=8)
     return root
 
 
 @pytest.fixture
 def workplace(demo_root, tmp_path) -> Path:
-    """A folder to run scripts in, with the demo data where they look for it."""
+    """A directory to run scripts in, with the demo data where they look for it."""
     (tmp_path / "data").symlink_to(demo_root)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def trained(demo_root, tmp_path_factory) -> Path:
-    """Such a folder after train.py with FLAGS; what it printed is in printed.txt."""
+    """Such a directory after train.py with FLAGS; its output is in printed.txt. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").symlink_to(demo_root)
     (folder / "printed.txt").write_text(output_of("train.py", FLAGS, folder))
@@ -50,36 +49,37 @@ def trained(demo_root, tmp_path_factory) -> Path:
 
 
 def run(script: str, arguments: str, folder: Path, *more) -> subprocess.CompletedProcess:
-    """A script as from the command line, but without starting Python and importing torch anew, which takes seconds."""
-    argv, out, err, status = [script, *arguments.split(), *map(str, more)], io.StringIO(), io.StringIO(), 0
+    """Run a script as from the command line, without the seconds that starting Python and importing torch take."""
+    argv, out, err, status = [script, *arguments.split(), *map(str, more)], io.BytesIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = argv
     os.chdir(folder)
+    stdout = io.TextIOWrapper(out, "utf-8", write_through=True)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else print(stop.code, file=err) or 1
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(argv, status, out.getvalue().decode(), err.getvalue())
 
 
 def output_of(script: str, arguments: str, folder: Path, *more) -> str:
-    """What a script prints that ends well."""
+    """Return the output of a script that succeeds."""
     result = run(script, arguments, folder, *more)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """One line on stderr that says these words; not a traceback; exit status not 0."""
+    """Assert that a script failed with one line on stderr that holds these words, without a traceback."""
     assert result.returncode not in (0, None), result.stdout
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: " in last and "Traceback" not in result.stderr, result.stderr
     for word in words:
-        assert word in lines[0], lines[0]
+        assert word in last, last
 
 
 @pytest.fixture

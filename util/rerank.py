@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from util.machine import show_progress
+from util.device import show_progress
 
 
 def k_reciprocal(

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util.machine import one_line
-from util.run import read_whole
+from util.device import one_line
+from util.checkpoint import read_tensors
 
 CACHE = "~/.cache/clip"  # where OpenAI's own package keeps its weights
 
@@ -52,7 +52,7 @@ def read_weights(path: Path, trusted: Collection[str]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}: give --clip-weights the path of OpenAI's .pt file")
     if not is_torchscript(path):
-        state_dict = read_whole(path)
+        state_dict = read_tensors(path)
     elif sha256_of(path) in trusted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, but OpenAI published TorchScript, and nothing else opens it

@@ -1,7 +1,7 @@
-"""The demo's people: drawn with Pillow, deterministic from a seed, with masks of where the person is visible.
+"""The demo's dataset: people drawn with Pillow, with masks and captions, deterministic from a seed.
 
-An identity is clothes, colours, pattern, build, hat and bag; a camera is a place, a light and a distance; a picture
-is a pose, a position, something in front and noise. For what people wear there are words, and a CLIP that knows them.
+An identity has clothes, colours, a pattern, a build, perhaps a hat and a bag. A camera has a background, a light and a
+distance. Each image has its own pose, position, occlusion and noise.
 """
 
 import math
@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor
 
-from util.run import read_whole
+from util.device import show_progress
 
 CLOTHES = {
     "white": (225, 222, 214), "black": (38, 38, 44), "grey": (128, 130, 134), "red": (180, 44, 48),
@@ -24,10 +23,11 @@ CLOTHES = {
 COLOURS = {rgb: name for name, rgb in CLOTHES.items()}
 SKIN = ((244, 208, 178), (214, 164, 124), (156, 106, 74), (96, 64, 46))
 HAIR = ((34, 28, 26), (92, 60, 36), (186, 148, 88), (150, 148, 146))
+CAMERAS = 4  # of the dataset
 
 
 class Person(NamedTuple):
-    """What makes an identity. Few values each, so that others nearly share them."""
+    """An identity. Each attribute has few values, so that some identities look almost the same."""
 
     skin: tuple
     hair: tuple
@@ -46,8 +46,6 @@ class Person(NamedTuple):
 
 
 def random_person(rng: random.Random) -> Person:
-    """Somebody new."""
-
     def colour() -> tuple:
         return rng.choice(list(CLOTHES.values()))
 
@@ -70,17 +68,17 @@ def random_person(rng: random.Random) -> Person:
 
 
 def person_of(pid: int, seed: int = 0) -> Person:
-    """Who an identity of `draw_dataset` is."""
+    """Return the person that `draw_dataset` draws for an identity."""
     return random_person(random.Random(f"{seed} person {pid}"))
 
 
-def picture_numbers(pid: int, number: int, seed: int = 0) -> random.Random:
-    """The random numbers that `draw_dataset` draws an identity's picture with."""
+def image_rng(pid: int, number: int, seed: int = 0) -> random.Random:
+    """Return the random generator that `draw_dataset` uses for an image of an identity."""
     return random.Random(f"{seed} picture {pid} {number}")
 
 
 def describe(person: Person) -> dict[str, str]:
-    """What words say of a person: "top", "legs", and "hat" and "bag" where there is one."""
+    """Name what a person wears: "top", "legs", and "hat" and "bag" if there is one."""
     words = {"top": f"{COLOURS[person.top]} top", "legs": f"{COLOURS[person.bottom]} {person.legwear}"}
     if person.hat:
         words["hat"] = "a hat"
@@ -89,15 +87,15 @@ def describe(person: Person) -> dict[str, str]:
     return words
 
 
-def sentence(*words: str) -> str:
-    """A caption: "A photo of a person with red top, a bag"."""
+def caption(*words: str) -> str:
+    """Return a caption, for example "A photo of a person with red top, a bag"."""
     return "A photo of a person" + (" with " + ", ".join(words) if words else "")
 
 
 def draw_person(person: Person, rng: random.Random) -> Image.Image:
-    """A walking figure on a transparent ground: RGBA, 256 wide, 512 high. `rng` chooses the pose and the turn."""
-    picture = Image.new("RGBA", (256, 512))
-    draw = ImageDraw.Draw(picture)
+    """Draw a walking person in a random pose on a transparent background: RGBA, 256x512 (width x height)."""
+    image = Image.new("RGBA", (256, 512))
+    draw = ImageDraw.Draw(image)
     stride, swing, width = rng.uniform(-0.3, 0.3), rng.uniform(-0.35, 0.35), 46 * person.build
     shoulder, hip = 118, 272
 
@@ -141,11 +139,11 @@ def draw_person(person: Person, rng: random.Random) -> Image.Image:
     if person.hat:
         draw.pieslice([90, 8, 166, 92], 180, 360, fill=person.hat)
         draw.rounded_rectangle([84, 44, 172, 56], 6, fill=person.hat)
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
 def draw_pattern(draw: ImageDraw.ImageDraw, person: Person, box: list[float]) -> None:
-    """The pattern of a person's top, inside the box (left, top, right, bottom)."""
+    """Draw the pattern of a person's top inside a box (left, top, right, bottom)."""
     left, top, right, bottom = map(round, box)
     if person.pattern in ("stripes", "checks"):
         for y in range(top + 8, bottom - 8, 32):
@@ -160,15 +158,15 @@ def draw_pattern(draw: ImageDraw.ImageDraw, person: Person, box: list[float]) ->
 
 
 def draw_background(camera: int, rng: random.Random) -> Image.Image:
-    """A place (one a camera) seen from a slightly different spot each time: RGB, 256 x 512."""
+    """Draw the background of a camera, slightly different each time: RGB, 256x512."""
     place = random.Random(f"camera {camera}")
 
     def tone(low: int, high: int) -> tuple[int, int, int]:
         grey = place.randint(low, high)
         return tuple(grey + place.randint(-16, 16) for _ in range(3))
 
-    picture = Image.new("RGB", (256, 512), tone(110, 220))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (256, 512), tone(110, 220))
+    draw = ImageDraw.Draw(image)
     shift, horizon, clutter = rng.randint(-40, 40), place.randint(230, 360) + rng.randint(-15, 15), tone(60, 200)
     step = place.choice((38, 54, 76))
     for x in range(-step * 3, 256 + step * 3, step):  # a wall of slabs, windows or railings
@@ -176,66 +174,68 @@ def draw_background(camera: int, rng: random.Random) -> Image.Image:
     draw.rectangle([0, horizon, 256, 512], fill=tone(70, 190))
     for y in range(horizon + 14, 512, place.choice((26, 40, 60))):
         draw.line([(0, y), (256, y + shift // 4)], fill=tone(60, 180), width=4)
-    for _ in range(rng.randint(0, 2)):  # whatever stands about that day
+    for _ in range(rng.randint(0, 2)):  # objects that stand there only in this image
         x, w, h = rng.randint(-40, 230), rng.randint(24, 80), rng.randint(60, 220)
         draw.rounded_rectangle([x, horizon + 40 - h, x + w, horizon + 40], 8, fill=tone(50, 200))
-    return picture
+    return image
 
 
 def draw_scene(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """A place with a person or nobody, and something in front of them perhaps, as no camera has seen it yet: RGB, and
-    what is visible of the person alone on a transparent ground: RGBA. Both are 256 x 512.
+    """Draw a background, a person (or nobody) and perhaps an occlusion, before the camera's effects.
+
+    Return the scene, RGB, and the visible part of the person on a transparent background, RGBA; both are 256x512.
     """
     distance = camera_view(camera)[2]
-    picture, visible = draw_background(camera, rng), Image.new("RGBA", (256, 512))
+    image, visible = draw_background(camera, rng), Image.new("RGBA", (256, 512))
     if person:
         scale = distance * rng.uniform(0.95, 1.05)
         figure = draw_person(person, rng).resize((round(256 * scale), round(512 * scale)), Image.Resampling.BILINEAR)
         x = (256 - figure.width) // 2 + rng.randint(-16, 16)
         y = (512 - figure.height) // 2 + rng.randint(-14, 14)
         visible.paste(figure, (x, y))
-        picture.paste(visible, mask=visible)
-    if rng.random() < 0.2:  # something in front: a post, or a box from below
+        image.paste(visible, mask=visible)
+    if rng.random() < 0.2:  # occlusion: a post, or a box at the bottom
         if rng.random() < 0.5:
             left = rng.randint(20, 200)
             box = [left, 0, left + rng.randint(16, 40), 512]
         else:
             left = rng.randint(-60, 120)
             box = [left, rng.randint(300, 420), left + rng.randint(90, 200), 512]
-        ImageDraw.Draw(picture).rectangle(box, fill=rng.choice(list(CLOTHES.values())))
+        ImageDraw.Draw(image).rectangle(box, fill=rng.choice(list(CLOTHES.values())))
         ImageDraw.Draw(visible).rectangle(box, fill=(0, 0, 0, 0))
-    return picture, visible
+    return image, visible
 
 
 def camera_view(camera: int) -> tuple[list[float], float, float]:
-    """How a camera sees: the gains of its colour channels, its light, and how large people are to it."""
+    """Return a camera's colour gains, its brightness, and the scale of people in its images."""
     view = random.Random(f"view {camera}")
     return [view.uniform(0.94, 1.06) for _ in range(3)], view.uniform(0.85, 1.05), view.uniform(0.86, 0.98)
 
 
 def draw_sample(person: Person | None, camera: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """One picture by a camera, RGB, of a person or of nobody, and where the person is visible, L (0 or 255).
+    """Draw an image of a person (or nobody) by a camera, RGB, and the mask of the visible person, L (0 or 255).
 
-    Both are 128 x 256.
+    Both are 128x256.
     """
-    picture, visible = draw_scene(person, camera, rng)
+    image, visible = draw_scene(person, camera, rng)
     gains, light, _ = camera_view(camera)
     exposure = light * rng.uniform(0.9, 1.1)
     tables = [min(255, round(value * gain * exposure)) for gain in gains for value in range(256)]
-    picture = picture.point(tables).resize((128, 256), Image.Resampling.BOX)
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    image = image.point(tables).resize((128, 256), Image.Resampling.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 7), (256, 128, 3))
-    picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
-    return picture, visible.getchannel("A").resize((128, 256), Image.Resampling.NEAREST)
+    image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    return image, visible.getchannel("A").resize((128, 256), Image.Resampling.NEAREST)
 
 
 PARTS = {"top": ("top", "pattern_colour"), "legs": ("bottom",), "hat": ("hat",), "bag": ("bag_colour",)}
 
 
 def draw_part(person: Person, part: str, camera: int, rng: random.Random) -> Image.Image:
-    """Where one of PARTS is visible in what `draw_sample` draws with the same random numbers: L, 128 x 256.
+    """Draw the mask of one of PARTS: L, 128x256.
 
-    The scene once more, the part white and the rest of the person black.
+    It fits the image that `draw_sample` draws with a generator in the same state: the scene is drawn again, with this
+    part white and the rest of the person black.
     """
     names = ("skin", "hair", "hat", "top", "pattern_colour", "bottom", "shoes", "bag_colour")
     colours = {name: (255,) * 3 if name in PARTS[part] else (0,) * 3 for name in names if getattr(person, name)}
@@ -245,53 +245,41 @@ def draw_part(person: Person, part: str, camera: int, rng: random.Random) -> Ima
     return mask.resize((128, 256), Image.Resampling.NEAREST)
 
 
-def draw_dataset(
-    folder: Path, subsets: dict[str, str], train_ids: int = 128, test_ids: int = 48, pictures: int = 8, seed: int = 0
-) -> None:
-    """Draws the demo data in Market-1501's layout, with the visible person of every picture in `masks`.
+def draw_dataset(folder: Path, train_ids: int = 128, test_ids: int = 48, images: int = 8, seed: int = 0) -> None:
+    """Draw the demo's dataset in Market-1501's layout, and the masks in `masks`, unless the folder exists.
 
-    subsets: the names of the folders of "train", "query" and "gallery".
-
-    Each identity has `pictures` pictures, spread over four cameras; of a test identity, one a camera is a query. A
-    sixth of the gallery are distractors (identity 0). The folder appears when it is whole, and if two processes draw
-    it at once, the first one's stays.
+    Each identity has `images` images, spread over four cameras. For a test identity, the first image of each camera
+    is a query. One sixth of the gallery are distractors (identity 0).
     """
-    print(f"Drawing the demo data in {folder}: {train_ids} + {test_ids} identities x {pictures} pictures")
+    if folder.exists():
+        return
+    print(f"drawing the demo's dataset in {folder}: {train_ids} + {test_ids} identities, {images} images each")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    cameras = 4
+    distractors = test_ids * (images - CAMERAS) // 5
+    total = (train_ids + test_ids) * images + distractors
+    drawn = 0
+    # Drawn in a temporary folder, which is renamed when it is complete.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="drawing-") as temporary:
         unfinished = Path(temporary) / folder.name
-        for subfolder in (*subsets.values(), "masks"):
+        for subfolder in ("bounding_box_train", "query", "bounding_box_test", "masks"):
             (unfinished / subfolder).mkdir(parents=True)
 
         def save(pid: int, number: int, person: Person, subfolder: str) -> None:
-            camera = number % cameras + 1
-            picture, mask = draw_sample(person, camera, picture_numbers(pid, number, seed))
+            nonlocal drawn
+            camera = number % CAMERAS + 1
+            image, mask = draw_sample(person, camera, image_rng(pid, number, seed))
             name = f"{pid:04d}_c{camera}s1_{number:06d}_00"
-            picture.save(unfinished / subfolder / f"{name}.jpg", quality=90)
+            image.save(unfinished / subfolder / f"{name}.jpg", quality=90)
             mask.save(unfinished / "masks" / f"{name}.png")
+            drawn += 1
+            show_progress(drawn, total, "drawings")
 
         for pid in range(1, train_ids + test_ids + 1):
             person = person_of(pid, seed)
-            for number in range(pictures):
-                test_subset = "query" if number < cameras else "gallery"
-                save(pid, number, person, subsets["train" if pid <= train_ids else test_subset])
-        for number in range(test_ids * (pictures - cameras) // 5):
-            save(0, number, random_person(random.Random(f"{seed} distractor {number}")), subsets["gallery"])
-        if not folder.exists():
+            for number in range(images):
+                test_subset = "query" if number < CAMERAS else "bounding_box_test"
+                save(pid, number, person, "bounding_box_train" if pid <= train_ids else test_subset)
+        for number in range(distractors):
+            save(0, number, random_person(random.Random(f"{seed} distractor {number}")), "bounding_box_test")
+        if not folder.exists():  # another process may have drawn it at the same time
             unfinished.rename(folder)
-
-
-# ----------------------------------------------------------------------------------- the CLIP that knows words
-
-TINY_CLIP = Path(__file__).with_name("tiny-clip.pt")
-
-
-def read_tiny_clip() -> tuple[dict[str, Tensor], Tensor]:
-    """Weights in half precision, made by extras/pretrain.py, and the ids (N,) of the words that it has seen.
-
-    The rows of "token_embedding.weight" are these words', and its positions are those of 128x64 pixels.
-    Raises FileNotFoundError or ValueError if the file is missing or damaged.
-    """
-    saved = read_whole(TINY_CLIP)
-    return saved["model"], saved["words"]
