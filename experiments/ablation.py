@@ -3,7 +3,7 @@
 Trains each row with three seeds and prints the tables of docs/language.md. Each seed has drawings of its own, with 192
 people to evaluate on; no setting was chosen on them. The experiment that would settle it needs a GPU:
 
-python experiments/ablation.py --dataset market1501 --backbone vit --tables parts query
+python experiments/ablation.py --dataset market1501 --backbone vit --tables parts query knowledge
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from common import Row, Variant, difference, run, spread
 from torch import Tensor
-from util.device import run_script
 
 import losses
+from util.device import run_script
 
 # ------------------------------------------------------------------------------------------------- controls
 

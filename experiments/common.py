@@ -26,16 +26,15 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo import draw, tiny_clip  # noqa: E402
-from util.device import default_workers, setup  # noqa: E402
-
 import clip  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
+from demo import draw, tiny_clip  # noqa: E402
 from util import checkpoint  # noqa: E402
+from util.device import default_workers, setup  # noqa: E402
 
 # The miniature: its schedule is stated here, so that a change of the demo's defaults changes no table. On other
 # datasets train.py's defaults hold, which are those of section 5.1.
@@ -76,15 +75,16 @@ class Row(NamedTuple):
 
 
 def partly_pretrained(args: argparse.Namespace, pretrained: str) -> clip.CLIP:
-    """Return the demo's CLIP, one or both encoders random; the temperature is the pre-trained one in any case."""
-    mixed = clip.untrained("tiny", args.image_size, args.seed)
+    """Return a CLIP of which some encoders are pre-trained; the temperature is the pre-trained one in any case."""
+    name = train.CLIP_NAMES[args.backbone]
+    whole = tiny_clip.load(args.image_size) if name == "tiny" else clip.load(args.clip_weights or name, args.image_size)
+    mixed = clip.untrained(name, args.image_size, args.seed)
     weights = mixed.state_dict()
-    for name, tensor in tiny_clip.load(args.image_size).state_dict().items():
-        encoder = "visual" if name.startswith("visual.") else "text"
-        if name == "logit_scale" or pretrained in ("both", encoder):
+    for name, tensor in whole.state_dict().items():
+        if name == "logit_scale" or pretrained == ("visual" if name.startswith("visual.") else "text"):
             weights[name] = tensor
     mixed.load_state_dict(weights)
-    return mixed
+    return mixed.eval()
 
 
 def train_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
@@ -104,8 +104,9 @@ def train_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
             stack.enter_context(mock.patch.object(module, "PromptSG", row.model))
         stack.enter_context(mock.patch.object(losses, "supcon_loss", row.supcon))
         if row.pretrained != "both":
-            made = partly_pretrained(train_args, row.pretrained)
-            stack.enter_context(mock.patch.object(tiny_clip, "load", lambda *_: made))
+            mixed = partly_pretrained(train_args, row.pretrained)
+            for module in (clip, tiny_clip):
+                stack.enter_context(mock.patch.object(module, "load", lambda *_: mixed))
         train.main(argv)
         model = models.restore_model(checkpoint.load(folder / "last.pt")).to(setup(train_args.device))
     result = measure(model, data.load_dataset(args.dataset, root), DRAWING + seed)

@@ -78,7 +78,7 @@ def test_supcon_between_images_is_khoslas():
 
 
 def test_parts_of_clip_are_pretrained_or_random():
-    args = SimpleNamespace(image_size=(128, 64), seed=0)
+    args = SimpleNamespace(backbone="tiny", image_size=(128, 64), seed=0)
     whole, random = common.tiny_clip.load((128, 64)), clip.untrained("tiny", (128, 64))
     for pretrained, visual, text in (("visual", 1, 0), ("text", 0, 1), ("none", 0, 0)):
         mixed = common.partly_pretrained(args, pretrained)
