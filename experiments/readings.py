@@ -14,50 +14,40 @@ import torch
 import torch.nn.functional as F
 from common import Row, Variant, difference, run, spread
 from torch import Tensor, nn
-from util.device import run_script
 
 import losses
 from clip import ResidualAttentionBlock, num_heads, tokenize
-from model import SIMPLIFIED_PROMPT, InteractionModule, Output
+from model import SIMPLIFIED_PROMPT, Output
+from util.device import run_script
 
 # ------------------------------------------------------------------------------------ the interaction module
 
 
-class Module(Variant):
-    """A model with another interaction module, which has the same parameters as ours."""
-
-    module: type[InteractionModule]
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.interaction.__class__ = self.module
-
-
-class OneRow(Module):
+class OneRow(Variant):
     """Eq. 7's one row passes through the blocks."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            row = attention.unsqueeze(1) @ self.value(tokens)  # (B, 1, D)
-            return self.blocks(row).squeeze(1)
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        module = self.interaction
+        row = module.attention_map(text, tokens).unsqueeze(1) @ module.value(tokens)  # (B, 1, D)
+        return module.blocks(row).squeeze(1)
 
 
-class WeightedAfter(Module):
+class WeightedAfter(Variant):
     """The tokens are weighted after the blocks."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            return (attention.unsqueeze(2) * self.blocks(self.value(tokens))).sum(dim=1)
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        module = self.interaction
+        return (module.attention_map(text, tokens).unsqueeze(2) * module.blocks(module.value(tokens))).sum(dim=1)
 
 
-class ClassToken(Module):
+class ClassToken(Variant):
     """z is the class token, which stands unweighted beside the re-weighted patches."""
 
-    class module(InteractionModule):
-        def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-            V = self.value(tokens)
-            Z = tokens.shape[1] * attention.unsqueeze(2) * V
-            return self.blocks(torch.cat([V[:, :1], Z[:, 1:]], dim=1))[:, 0]
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        module = self.interaction
+        V = module.value(tokens)
+        Z = tokens.shape[1] * module.attention_map(text, tokens).unsqueeze(2) * V
+        return module.blocks(torch.cat([V[:, :1], Z[:, 1:]], dim=1))[:, 0]
 
 
 class PatchesOnly(Variant):
@@ -81,14 +71,8 @@ class PostNorm(Variant):
             block.__class__ = self.Block
 
 
-class TextTokens(Module):
+class TextTokens(Variant):
     """Every text token is a query: L rows pass through the blocks, and z is the row of the end token."""
-
-    class module(InteractionModule):
-        def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
-            Q, K, V = self.query(text), self.key(tokens), self.value(tokens)  # (B or 1, L, D), (B, 1 + M, D) twice
-            rows = (Q @ K.mT / Q.shape[-1] ** 0.5).softmax(dim=2) @ V  # (B, L, D)
-            return self.blocks(rows)[:, -1]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -108,19 +92,19 @@ class TextTokens(Module):
         with self.all_tokens():
             return super().compose(*args)
 
+    def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
+        module = self.interaction
+        Q, K, V = module.query(text), module.key(tokens), module.value(tokens)  # (B or 1, L, D), (B, 1 + M, D) twice
+        rows = (Q @ K.mT / Q.shape[-1] ** 0.5).softmax(dim=2) @ V  # (B, L, D)
+        return module.blocks(rows)[:, -1]
+
     def forward(self, images: Tensor) -> Output:
         output = super().forward(images)
         return output._replace(text=output.text[:, -1])  # SupCon uses the end token
 
 
-class OwnWidth(Module):
+class OwnWidth(Variant):
     """Keys and values come from the tokens in the encoder's own width, before `proj` (ViT only)."""
-
-    class module(InteractionModule):
-        def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
-            Q, K, V = self.query(text), self.key(tokens), self.value(tokens)  # (B or 1, D), (B, 1 + M, D) twice
-            attention = (K @ Q.unsqueeze(2) / Q.shape[-1] ** 0.5).softmax(dim=1)  # (B, 1 + M, 1)
-            return self.blocks(tokens.shape[1] * attention * V).mean(dim=1)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -130,7 +114,10 @@ class OwnWidth(Module):
         self.clip.visual.ln_post.register_forward_hook(lambda module, inputs, output: setattr(self, "own", output))
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
-        return super().interact(self.own, text)
+        module = self.interaction
+        Q, K, V = module.query(text), module.key(self.own), module.value(self.own)  # (B or 1, D), (B, 1 + M, D) twice
+        attention = (K @ Q.unsqueeze(2) / Q.shape[-1] ** 0.5).softmax(dim=1)  # (B, 1 + M, 1)
+        return module.blocks(tokens.shape[1] * attention * V).mean(dim=1)
 
 
 # ------------------------------------------------------------------------------- triplet loss, inversion, SupCon
