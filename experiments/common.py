@@ -215,14 +215,14 @@ def run(tables: dict[str, list[Row]], description: str, print_table: Callable) -
     rows = {row.training(args.more_flags): row for table in tables.values() for row in table}
     left = [(name, seed) for name in rows for seed in args.seeds if (name, seed) not in done]
     minutes = [line["minutes"] for line in lines]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     for number, (name, seed) in enumerate(left):
         length = f"about {(len(left) - number) * statistics.median(minutes):.0f} min" if minutes else "unknown length"
         print(f"== {len(left) - number} trainings left ({length}), now: {name}, seed {seed}", flush=True)
         start = time.monotonic()
         result = train_row(rows[name], seed, args)
         minutes.append(round((time.monotonic() - start) / 60, 2))
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        line = {"training": name, "seed": seed, **result, "minutes": minutes[-1], "commit": commit.stdout.strip()}
+        line = {"training": name, "seed": seed, **result, "minutes": minutes[-1], "commit": commit.strip()}
         line |= {"torch": str(torch.__version__), "device": str(setup(None))}
         done[name, seed] = line
         results.parent.mkdir(exist_ok=True)
