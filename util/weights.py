@@ -70,6 +70,7 @@ def fetch(sources: list[tuple[str, str, str]]) -> tuple[Path, str]:
             return folder / name, sha256
         except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url} ({one_line(error)})")
+            print(f"failed: {one_line(error)}")
     names = " or ".join(name for _, _, name in sources)
     raise ConnectionError(
         f"could not download {' or '.join(failures)}: get one of these files on another machine and put it into "
