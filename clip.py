@@ -430,13 +430,13 @@ def load(
         name = "visual.positional_embedding" if sizes["patch_size"] else "visual.attnpool.positional_embedding"
         state_dict[name] = resize_positions(state_dict[name], model.grid)
         check_names_and_shapes(state_dict, model.state_dict())
+        model.load_state_dict(state_dict)
     except KeyError as error:
         raise ValueError(f"cannot use {path}: it lacks {error.args[0]}") from error
-    except (IndexError, TypeError, RuntimeError) as error:
+    except (IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"cannot use {path}: its tensors have other shapes than CLIP's") from error
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from error
-    model.load_state_dict(state_dict)
     model.weights = {"clip_file": str(path), "clip_sha256": sha256}
     print(f"CLIP's weights: {path}, sha256 {sha256}")
     return model.eval()
@@ -511,7 +511,9 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     if grid == (side, side) or side * side < places == math.prod(grid):
         return positions
     if side * side < places:
-        raise ValueError(f"its {places} positions are not the {grid[0]}x{grid[1]} of this image size: give its own one")
+        raise ValueError(
+            f"its {places} positions are not the {grid[0]}x{grid[1]} of this image size: give the size of its fine-tuning"
+        )
     square = positions[1:].T.reshape(1, -1, side, side)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])
