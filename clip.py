@@ -361,7 +361,7 @@ class CLIP(nn.Module):
         last_stride: int = 1,
     ):
         super().__init__()
-        self.weights = {}  # for args.json: the file that `load` read, and its sha256
+        self.source = {}  # for args.json: the file that `load` read, and its sha256
         stride = patch_size or 16 * last_stride
         if any(side % stride for side in image_size):
             raise ValueError(f"image size {image_size[0]}x{image_size[1]} does not divide by {stride}, a token's side")
@@ -410,7 +410,7 @@ def load(
     last_stride: int = 1,
     architecture: str | None = None,
 ) -> CLIP:
-    """Load CLIP in float32, its position embedding interpolated to `image_size`. `CLIP.weights` names the file.
+    """Load CLIP in float32, its position embedding interpolated to `image_size`. `CLIP.source` names the file.
 
     Args:
         source: "ViT-B/16" or "RN50" (downloaded on first use), or the path of a file of any layout in docs/data.md.
@@ -437,7 +437,7 @@ def load(
         raise ValueError(f"cannot use {path}: its tensors have other shapes than CLIP's") from error
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from error
-    model.weights = {"clip_file": str(path), "clip_sha256": sha256}
+    model.source = {"clip_file": str(path), "clip_sha256": sha256}
     print(f"CLIP's weights: {path}, sha256 {sha256}")
     return model.eval()
 
@@ -507,12 +507,13 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
     A number that is not square is of a CLIP fine-tuned at another size, which must be that of `grid`, else ValueError.
     """
-    side, places = math.isqrt(len(positions) - 1), len(positions) - 1
-    if grid == (side, side) or side * side < places == math.prod(grid):
+    count, (height, width) = len(positions) - 1, grid
+    side = math.isqrt(count)
+    if grid == (side, side) or side * side < count == height * width:
         return positions
-    if side * side < places:
+    if side * side < count:
         raise ValueError(
-            f"its {places} positions are not the {grid[0]}x{grid[1]} of this image size: give the size of its fine-tuning"
+            f"its {count} positions are not the {height}x{width} of this image size, nor a square to resize"
         )
     square = positions[1:].T.reshape(1, -1, side, side)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)

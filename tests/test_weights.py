@@ -219,7 +219,7 @@ def test_each_layout_gives_the_same_weights(config, tmp_path, capsys):
             model = clip.load(path, image_size=(64, 64), last_stride=2)
         assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items()), name
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert model.weights == {"clip_file": str(path), "clip_sha256": sha256}
+        assert model.source == {"clip_file": str(path), "clip_sha256": sha256}
         assert capsys.readouterr().out == f"CLIP's weights: {path}, sha256 {sha256}\n"
 
 
@@ -238,7 +238,7 @@ def test_folder_and_bin_file_of_transformers(tmp_path):
         loaded = clip.load(source)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     write_safetensors(half(weights), tmp_path / "snapshot" / "model.safetensors")
-    assert clip.load(path.parent).weights["clip_file"].endswith("model.safetensors")
+    assert clip.load(path.parent).source["clip_file"].endswith("model.safetensors")
     for settings, words in (
         ({"vision_config": {"hidden_act": "gelu"}}, "config.json asks for the activation gelu"),
         ({"text_config_dict": {"hidden_act": "gelu"}, "text_config": {}}, "the activation gelu"),
@@ -519,9 +519,9 @@ def test_openais_file_is_fetched_once_and_kept(server, capsys):
     assert torch.equal(model.visual.proj, WHOLE["visual.proj"])
     assert names_in(server.cache) == ["ViT-B-16.pt"] and server.asked == [server.first]
     out = capsys.readouterr().out
-    assert f"downloading {server.url}{server.first}" in out and model.weights["clip_sha256"] in out
+    assert f"downloading {server.url}{server.first}" in out and model.source["clip_sha256"] in out
     server.files.clear()
-    assert clip.load("ViT-B/16").weights == model.weights and server.asked == [server.first]
+    assert clip.load("ViT-B/16").source == model.source and server.asked == [server.first]
 
 
 PAGE = b"<html>sign in to this network</html>"
@@ -553,7 +553,7 @@ def test_hub_follows_when_openais_address_fails(failure, server, monkeypatch, ca
     assert words in capsys.readouterr().out
     server.files.clear()
     asked = len(server.asked)
-    assert clip.load("ViT-B/16").weights == model.weights and len(server.asked) == asked  # from the cache
+    assert clip.load("ViT-B/16").source == model.source and len(server.asked) == asked  # from the cache
 
 
 def test_if_both_addresses_fail_one_line_says_what_to_do(server):
