@@ -45,7 +45,9 @@ FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "epochs", "e
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--dataset", choices=data.FOLDERS, default="market1501", help="dataset to train on (default: market1501)")
     add("--data-root", default="data", help="directory of the datasets (default: data)")
