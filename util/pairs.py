@@ -23,9 +23,13 @@ def compare_pairs(
     Returns "same" and "different" (mean similarities), and "thresholds": a list of "different_accepted" (share),
     "threshold" and "same_accepted" (share). A pair is accepted if its similarity is above the threshold.
     """
+    order = gallery_ids.argsort()  # the images of an identity are contiguous
+    starts = torch.searchsorted(gallery_ids[order], query_ids).tolist()
+    stops = torch.searchsorted(gallery_ids[order], query_ids, right=True).tolist()
     same = []
-    for i, (pid, camera) in enumerate(zip(query_ids, query_cams)):
-        same.append(gallery[(gallery_ids == pid) & (gallery_cams != camera)] @ query[i])
+    for feature, camera, start, stop in zip(query, query_cams, starts, stops):
+        own = order[start:stop]
+        same.append(gallery[own[gallery_cams[own] != camera]] @ feature)
     same = torch.cat(same)
 
     generator = torch.Generator().manual_seed(0)
