@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from torch import Tensor, nn
 
 import clip
@@ -186,11 +185,18 @@ def children_of(pid: int) -> list[int]:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def test_torchrun_without_gpus_is_refused_in_one_line(demo_root, tmp_path):
-    command = [*TORCHRUN, ROOT / "train.py", *FLAGS.split(), "--data-root", demo_root, "--eval-every", "0"]
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert result.stderr.count("error: training with torchrun needs a GPU for each process") == 1
+def test_processes_without_gpus_are_refused_in_one_line(demo_root, tmp_path):
+    """The first one prints it; the other waits for torchrun to end it."""
+    in_processes(2, refuse, f"{FLAGS} --eval-every 0 --data-root {demo_root} --output {tmp_path}")
+
+
+def refuse(number: int, arguments: str) -> None:
+    train.distribute, waits = device.distribute, []
+    time.sleep = waits.append
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, pytest's own cannot be reconfigured
+    with pytest.raises(SystemExit, match="error: training with torchrun needs a GPU for each process"):
+        device.run_script(lambda: train.main(arguments.split()))
+    assert waits == [5] * number
 
 
 def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
