@@ -95,8 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.output = args.output or f"runs/{args.dataset}-{args.backbone}"
     if min(args.batch_ids, args.batch_images) < 2:
         parser.error("--batch-ids and --batch-images must be at least 2: a triplet needs two identities of two images")
-    if args.epochs < 1:
-        parser.error("--epochs must be at least 1")
+    if min(args.epochs, args.decay_every) < 1:
+        parser.error("--epochs and --decay-every must be at least 1")
+    if args.backbone == "tiny" and args.clip_weights not in (None, "random"):
+        parser.error("--backbone tiny has its own weights: drop --clip-weights, or give random")
     if any(side < 16 or side % 16 for side in args.image_size):
         parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
     try:
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {device}, {precision}")
 
     # SupCon (Eqs. 4 to 6): temperature and directions. Without composed prompts there is none (Table 4).
-    temperature = args.temperature or model.temperature
+    temperature = model.temperature if args.temperature is None else args.temperature
     dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
     directions = [name for name in dropped if model.inversion and not dropped[name]]
 
