@@ -99,8 +99,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.output = args.output or f"runs/{args.dataset}-{args.backbone}"
     if min(args.batch_ids, args.batch_images) < 2:
         parser.error("--batch-ids and --batch-images must be at least 2: a triplet needs two identities of two images")
-    if args.epochs < 1:
-        parser.error("--epochs must be at least 1")
+    if min(args.epochs, args.decay_every) < 1:
+        parser.error("--epochs and --decay-every must be at least 1")
+    if args.backbone == "tiny" and args.clip_weights not in (None, "random"):
+        parser.error("--backbone tiny has its own weights: drop --clip-weights, or give random")
     if any(side < 16 or side % 16 for side in args.image_size):
         parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
     try:
