@@ -3,7 +3,6 @@
 python -m extras.look                               best matches of some queries, and where the model looks in them
 python -m extras.look --before-after                best matches before and after training
 python -m extras.look --images one.jpg folder       where the model looks in your own images
-python -m extras.look --words "red top" "a bag"     where these words are
 python -m extras.look --figure-4 RUN RUN            what several runs recognise people by, side by side
 
 On the demo, whose masks show the person, it also measures how much of the attention lies on the person.
@@ -29,7 +28,7 @@ import clip
 import data
 import evaluate
 import train
-from demo import draw, tiny_clip
+from demo import tiny_clip
 from model import PromptSG, restore_model
 from util import checkpoint
 from util.device import default_workers, run_script, setup, show_progress
@@ -41,11 +40,12 @@ def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Calla
     """Return the relevance of each token for a target S: normalised images (B, 3, H, W) -> (B, 1 + M).
 
     Transformer relevance (Chefer, Gur and Wolf, ICCV 2021, by the authors of the paper's [2]): from the first layer to
-    the last one that S depends on, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The
-    cross-attention weights token i by a_i, so its matrix is diagonal.
+    the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The cross-attention weights token
+    i by a_i, so its matrix is diagonal.
 
     Args:
         target: function of v (B, D), z (B, D) and the text embedding l (B or 1, D; held constant) that returns S (B,).
+            S must depend on z.
 
     Raises ValueError for a ResNet.
     """
@@ -68,26 +68,18 @@ def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Calla
         layer.keep_probabilities = False
         del layer.probabilities
 
-    gradients = torch.autograd.grad(target(v, z, text).sum(), maps, allow_unused=True)  # None after v, if S is of v
     identity = torch.eye(features.tokens.shape[1]).to(images)
     R = identity
-    for A, gradient in zip(maps, gradients):
-        if gradient is not None:
-            positive = (A * gradient).detach().clamp(min=0)
-            R = R + (positive.unsqueeze(2) * R if A.ndim == 2 else positive.mean(dim=1) @ R)  # (B, 1 + M, 1 + M)
+    for A, gradient in zip(maps, torch.autograd.grad(target(v, z, text).sum(), maps)):
+        positive = (A * gradient).detach().clamp(min=0)
+        R = R + (positive.unsqueeze(2) * R if A.ndim == 2 else positive.mean(dim=1) @ R)  # (B, 1 + M, 1 + M)
     R = R - identity  # without the relevance of each token to itself
-    is_of_v = len(maps) == len(encoder) or gradients[-1] is None
-    return R[:, 0] if is_of_v else R.mean(dim=1)  # v is the class token, z the mean of the last tokens
+    return R.mean(dim=1) if model.interaction else R[:, 0]  # z is the mean of the last tokens, or the class token
 
 
 def similarity_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
     """Target: cosine similarity of l to v, which L_SupCon increases (Eq. 5), plus that of l to z."""
     return F.cosine_similarity(v, text) + F.cosine_similarity(z, text)
-
-
-def words_relevance(model: PromptSG, images: Tensor, text: Tensor) -> Tensor:
-    """Return relevance for the cosine similarity of v and a text feature (B or 1, D): (B, 1 + M)."""
-    return relevance(model, images, "simplified", lambda v, z, l: F.cosine_similarity(v, text))
 
 
 def identity_relevance(
@@ -246,7 +238,7 @@ def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[st
             canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_write(path) as temporary:
-        sheet.save(temporary)
+        sheet.save(temporary, quality=90, subsampling=0)
     print(f"drawn: {data.printable(path)}")
 
 
@@ -279,66 +271,46 @@ def choose_people(samples: list[data.Sample], pool: list[data.Sample], count: in
 def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, caption: str) -> list[Tile]:
     """Return the tiles of query q and of its best matches by their similarity (G,), without junk."""
     query = dataset.query[q]
-    tiles = [Tile(data.read_image(query.path, TILE), f"{caption}: id {query.pid} camera {query.camid}")]
+    tiles = [Tile(data.read_image(query.path, TILE), f"query id {query.pid} c{query.camid} {caption}")]
     for g in similarity.argsort(descending=True, stable=True).tolist():
         sample = dataset.gallery[g]
         if len(tiles) <= count and (sample.pid, sample.camid) != (query.pid, query.camid):
-            frame = GREEN if sample.pid == query.pid else RED
-            text = f"{len(tiles)}: id {sample.pid} camera {sample.camid}, {similarity[g]:.2f}"
-            tiles.append(Tile(data.read_image(sample.path, TILE), text, frame))
+            text = f"{len(tiles)}: id {sample.pid} c{sample.camid} {similarity[g]:.2f}"
+            tiles.append(Tile(data.read_image(sample.path, TILE), text, GREEN if sample.pid == query.pid else RED))
     return tiles
 
 
 def draw_matches(
     dataset: data.Dataset, results: dict[str, dict], queries: list[int], count: int, path: Path, title: str
 ) -> None:
-    """Draw the best matches of queries by the features of each of the results, which have a caption."""
+    """Draw the best matches of queries by the features of one or more results of `evaluate` (by caption)."""
     groups = [
         best_matches(dataset, q, result["query"][q] @ result["gallery"].T, count, caption)
         for q in queries
         for caption, result in results.items()
     ]
-    scores = ", ".join(f"{caption} mAP {result['mAP']:.1%}" for caption, result in results.items())
-    draw_sheet(groups, path, f"Best matches, {title} {scores}", MATCHES)
+    scores = " and ".join(f"{caption} (mAP {result['mAP']:.1%})" for caption, result in results.items())
+    draw_sheet(groups, path, f"Best matches {scores}, {title}", MATCHES)
 
 
-def draw_maps(model: PromptSG, paths: list[Path], maps: dict[str, Tensor], path: Path, title: str) -> None:
-    """Draw images, each with its maps over the patches ((N, M) by caption)."""
-    images = [data.read_image(path, TILE) for path in paths]
-    groups = [[Tile(image, path.stem)] for image, path in zip(images, paths)]
-    for caption, patches in maps.items():
-        for group, image, values in zip(groups, images, patches):
-            group.append(Tile(heat(image, values, model.clip.grid), caption))
-    draw_sheet(groups, path, title, MAPS)
+def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
+    """Return the attention of a prompt on the patches of images (Figures 1 and 2): (N, M)."""
+    return map_images(model, paths, lambda images, _: model.attention_map(images, prompt)[:, 1:])
 
 
-def attention(model: PromptSG, paths: list[Path]) -> dict[str, Tensor]:
-    """Return the attention of each prompt on the patches of images (Figures 1 and 2): (N, M) by prompt."""
-    prompts = ("simplified prompt", "composed prompt") if model.inversion else ("simplified prompt",)
-    return {
-        prompt: map_images(model, paths, lambda images, _, p=prompt.split()[0]: model.attention_map(images, p)[:, 1:])
-        for prompt in prompts
-    }
-
-
-def draw_attention(model: PromptSG, paths: list[Path], path: Path, title: str) -> None:
-    """Draw where each prompt looks in images and, for a ViT, transformer relevance."""
-    maps = attention(model, paths)
+def draw_attention(model: PromptSG, paths: list[Path], prompts: list[str], path: Path, title: str) -> None:
+    """Draw where prompts look in images and, for a ViT, transformer relevance."""
+    maps = {f"{prompt} prompt": attention(model, paths, prompt) for prompt in prompts}
     if isinstance(model.clip.visual, clip.VisionTransformer):
         maps["transformer relevance"] = map_images(
-            model, paths, lambda images, _: relevance(model, images, None, similarity_to_prompt)[:, 1:]
+            model, paths, lambda images, _: relevance(model, images, prompts[-1], similarity_to_prompt)[:, 1:]
         )
-    draw_maps(model, paths, maps, path, f"Where the prompts look, {title}")
-
-
-def draw_words(model: PromptSG, paths: list[Path], words: list[str], path: Path, title: str) -> None:
-    """Draw where words are in images."""
-    texts = model.encode_text([draw.caption(word) for word in words]).split(1)
-    maps = {
-        word: map_images(model, paths, lambda images, _, text=text: words_relevance(model, images, text)[:, 1:])
-        for word, text in zip(words, texts)
-    }
-    draw_maps(model, paths, maps, path, f'Relevance for "{draw.caption("...")}", {title}')
+    images = [data.read_image(path, TILE) for path in paths]
+    groups = [
+        [Tile(image, path.stem), *(Tile(heat(image, maps[name][n], model.clip.grid), name) for name in maps)]
+        for n, (image, path) in enumerate(zip(images, paths))
+    ]
+    draw_sheet(groups, path, f"Where the prompts look, {title}", MAPS)
 
 
 def draw_figure_4(
@@ -372,12 +344,14 @@ def draw_figure_4(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--before-after", action="store_true", help="best matches before and after training")
+    what.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="attention in own images, files or folders"
+    )
+    what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance of directories or checkpoints")
     add = parser.add_argument
-    add("--before-after", action="store_true", help="best matches before and after training")
-    add("--images", type=Path, nargs="+", metavar="PATH", help="own images, files or folders (default: queries)")
-    add("--words", nargs="+", help='where words are, as in "A photo of a person with WORDS"')
-    add("--figure-4", type=Path, nargs="+", metavar="RUN", help="directories or checkpoints to compare by relevance")
-    add("--count", type=int, default=8, help="number of images, queries or people to draw (default: 8)")
+    add("--count", type=int, default=8, help="number of queries, images or people to draw (default: 8)")
     add("--queries", choices=ORDERS, default="spread", help="which queries, by their AP (default: spread)")
     add("--output", type=Path, default=Path("look"), help="directory of the sheets (default: look)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
@@ -386,14 +360,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
     args = parser.parse_args(argv)
-    for flag, without_effect in (
-        ("figure_4", "images words before_after checkpoint queries"),
-        ("images", "before_after queries prompt dataset data_root"),
-        ("words", "before_after"),
-    ):
-        for other in without_effect.split() if getattr(args, flag) else ():
-            if getattr(args, other) != parser.get_default(other):
-                parser.error(f"--{flag} and --{other} do not go together: drop one of them".replace("_", "-"))
+    unused = ("checkpoint", "queries") if args.figure_4 else ("prompt", "dataset", "data_root", "queries")
+    for name in unused if args.figure_4 or args.images else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect here: drop it")
     if args.count < 1:
         parser.error("--count must be at least 1")
     return args
@@ -412,42 +382,44 @@ def main(argv: list[str] | None = None) -> None:
                 columns["original"] = original, "simplified"
                 dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root)
             columns[str(run)] = model, args.prompt
-        draw_figure_4(columns, dataset, args.count, workers, args.output / "figure-4.png")
+        draw_figure_4(columns, dataset, args.count, workers, args.output / "figure-4.jpg")
         return
 
     path = args.checkpoint or checkpoint.newest()
     model, state = load_run(path, device)
     title = f"{path}, epoch {state['epoch']}"
+    prompts = ["simplified", "composed"] if model.inversion else ["simplified"]
     if args.images:
+        if not model.interaction:
+            raise ValueError("--images shows the attention of the interaction module, which this model does not have")
         found = data.find_images(args.images)
         paths = found[: args.count]
         if len(found) > len(paths):
             print(f"{len(found)} images, of which the first {len(paths)} are drawn: --count draws more")
-    else:
-        dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root, ("query", "gallery"))
-        result = evaluate.evaluate(model, dataset, args.prompt, workers)
-        queries = choose_queries(result["ap"], args.queries, args.count)
-        paths = [dataset.query[q].path for q in queries]
-        title += f", {args.prompt or model.default_prompt} prompt, {dataset.name}, queries {ORDERS[args.queries]}:"
+        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
+        return
 
-    if args.words:
-        draw_words(model, paths, args.words, args.output / "words.png", title)
-    elif args.before_after:
-        before = evaluate.evaluate(before_training(state).to(device), dataset, "none", workers)
-        results = {"before training": before, "after training": result}
-        draw_matches(dataset, results, queries, 5, args.output / "before-after.png", title)
-    else:
-        if not args.images:
-            draw_matches(dataset, {"query": result}, queries, 10, args.output / "matches.png", title)
-        if model.interaction:
-            draw_attention(model, paths, args.output / "attention.png", title)
-        elif args.images:
-            raise ValueError("--images shows the attention of the interaction module, which this model does not have")
-        if model.interaction and not args.images and dataset.name == "synthetic":
-            for name, compared in (("untrained", before_training(state).to(device)), ("trained", model)):
-                inside = person_shares(dataset, dataset.query, compared.clip.grid)
-                for prompt, maps in attention(compared, [sample.path for sample in dataset.query]).items():
-                    print(f"attention on the person, {name}, {prompt}: {describe_inside(maps, inside)}")
+    dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root, ("query", "gallery"))
+    start = before_training(state).to(device) if args.before_after or dataset.name == "synthetic" else None
+    result = evaluate.evaluate(model, dataset, args.prompt, workers)
+    queries = choose_queries(result["ap"], args.queries, args.count)
+    title += f", {dataset.name}, queries {ORDERS[args.queries]}"
+    caption = f"{args.prompt or model.default_prompt} prompt"
+    if args.before_after:
+        before = evaluate.evaluate(start, dataset, "none", workers)
+        results = {"before training": before, f"after training, {caption}": result}
+        draw_matches(dataset, results, queries, 5, args.output / "before-after.jpg", title)
+        return
+    draw_matches(dataset, {caption: result}, queries, 10, args.output / "matches.jpg", title)
+    if model.interaction:
+        paths = [dataset.query[q].path for q in queries]
+        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
+    if model.interaction and dataset.name == "synthetic":
+        inside = person_shares(dataset, dataset.query, model.clip.grid)
+        for name, compared in (("untrained", start), ("trained", model)):
+            for prompt in prompts:
+                maps = attention(compared, [sample.path for sample in dataset.query], prompt)
+                print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, inside)}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
     add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
     add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
-    add("--sheet", type=Path, metavar="FILE.jpg", default="search.jpg", help="draw the matches (default: search.jpg)")
+    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet of matches (default: search.jpg)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             group.append(Tile(data.read_image(match["path"], TILE), caption))
         groups.append(group)
     words = f' for "{args.words}"' if args.words else ""
-    draw_sheet(groups, args.sheet, f"Best matches{words}, {path}, prompt {space}", {})
+    draw_sheet(groups, args.output, f"Best matches{words}, {path}, prompt {space}", {})
     if args.json:
         about = {"checkpoint": str(path), "prompt": space, "image_size": list(model.image_size)}
         checkpoint.write_json({**about, "results": results}, args.json)
