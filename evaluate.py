@@ -166,8 +166,8 @@ def evaluate(model: PromptSG, dataset: data.Dataset, prompt: str | None = None, 
     Returns mAP, rank1, rank5, rank10 (from 0 to 1), and what else `extract_dataset` and `rank_dataset` return.
     Raises as `extract` and `rank_metrics` do.
     """
-    if not dataset.can_be_evaluated:  # known before any feature is extracted
-        raise ValueError("no query has an image of its identity by another camera: train with --eval-every 0")
+    if len({sample.camid for sample in dataset.query + dataset.gallery}) == 1:
+        raise ValueError("all query and gallery images are from one camera: train with --eval-every 0")
     features = extract_dataset(model, dataset, prompt, workers)
     return {**features, **rank_dataset(dataset, features["query"], features["gallery"])}
 

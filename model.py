@@ -43,7 +43,7 @@ class InversionNetwork(nn.Sequential):
 
 
 class InteractionModule(nn.Module):
-    """Multimodal interaction module (section 4.2, Figure 3): re-weights image tokens by their relevance to the prompt."""
+    """Multimodal interaction module (section 4.2, Figure 3): the text re-weights the image tokens."""
 
     def __init__(self, dim: int, blocks: int = 2):
         super().__init__()

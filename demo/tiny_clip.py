@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 import clip
 from demo import draw
 from losses import contrastive_loss
-from util.device import ignore_interrupts, run_script, show_progress
 from util.checkpoint import read_tensors, save
+from util.device import ignore_interrupts, run_script, show_progress
 
 WEIGHTS = Path(__file__).with_name("tiny-clip.pt")
 IMAGE_SIZE = (128, 64)

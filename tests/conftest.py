@@ -17,6 +17,7 @@ from demo import draw  # noqa: E402
 from model import PromptSG  # noqa: E402
 
 FLAGS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-ids 8 --eval-every 2 --device cpu"
+FLAGS += " --clip-weights random --image-size 64 32"
 FLAGS += " --lr-visual 4e-4 --lr-new 8e-4 --decay-factor 0.5 --weight-decay 1e-3"
 
 # Autograd starts its threads at its first backward pass. After torch.export that is one too many for test_processes.py,

@@ -175,10 +175,8 @@ def run_script(
 def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
     """Return one line about an error that a user can fix, or None for a programming error."""
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError) or any(
-        words in text
-        for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    ):
+    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs):
         return f"out of GPU memory ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated): {on_out_of_memory}"
     if any(cls.__module__ == "torch._dynamo.exc" for cls in type(error).__mro__):
         return f"--compile failed ({one_line(error)}): drop --compile, or install a C compiler and Python's headers"
