@@ -129,7 +129,8 @@ def train_steps(
 ) -> Iterator[None]:
     """Build a model, then run one training step for each `next`.
 
-    train.py has its step inside `main`, so these lines and `compute_loss` repeat it. Keep them equal.
+    train.py has its step inside `main`, so these lines and `compute_loss` repeat it, without the terms of the log.
+    Keep them equal.
     """
     args = train.parse_args([])
     model = new_model(backbone, device).train()
@@ -142,8 +143,9 @@ def train_steps(
         loaded = [x.pin_memory() for x in loaded]
     while True:
         images, labels = (x.to(device, non_blocking=True) for x in loaded)
+        images = clip.normalize(images)
         with autocast(device, precision):
-            output = forward(clip.normalize(images))
+            output = forward(images)
         loss = compute_loss(output, labels, temperature)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
