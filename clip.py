@@ -11,6 +11,7 @@ import gzip
 import html
 import itertools
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,18 +22,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.device import one_line
-from util.weights import download, read_weights
+from util.weights import fetch, find, read_weights
 
-# The folder before the file's name is the file's sha256.
+# OpenAI's addresses. The folder before the file's name is the file's sha256.
 URLS = {
     "ViT-B/16": "https://openaipublic.azureedge.net/clip/models/"
     "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
     "RN50": "https://openaipublic.azureedge.net/clip/models/"
     "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
 }
+# The same weights on the Hugging Face hub, for when OpenAI's addresses fail: folder at a fixed revision, sha256.
+HUB = {
+    "ViT-B/16": (
+        "timm/vit_base_patch16_clip_224.openai/resolve/977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d",
+        "4b8699299b1e8997753c64b052ba32031449d5d853f55a039148560ee02b820f",
+    ),
+    "RN50": (
+        "timm/resnet50_clip.openai/resolve/ec3d92cf63a5f9d591f0d611b736895966c73076",
+        "da0baa37fb2211eee5729ab69ed587eb10d48f5b7076ceeed01552fc3d4cb4ee",
+    ),
+}
 
-# For random weights only: loaded weights bring their own sizes.
+# For random weights and for --backbone: loaded weights bring their own sizes.
 ARCHITECTURES = {
     "ViT-B/16": dict(embed_dim=512, vision_layers=12, vision_width=768, patch_size=16),
     "RN50": dict(embed_dim=1024, vision_layers=(3, 4, 6, 3), vision_width=64),
@@ -350,6 +361,7 @@ class CLIP(nn.Module):
         last_stride: int = 1,
     ):
         super().__init__()
+        self.source = {}  # for args.json: the file that `load` read, and its sha256
         stride = patch_size or 16 * last_stride
         if any(side % stride for side in image_size):
             raise ValueError(f"image size {image_size[0]}x{image_size[1]} does not divide by {stride}, a token's side")
@@ -393,38 +405,83 @@ class CLIP(nn.Module):
 # --------------------------------------------------------------------------------------------------- weights
 
 
-def load(source: str | Path, image_size: tuple[int, int] = (256, 128), last_stride: int = 1) -> CLIP:
-    """OpenAI's weights in single precision, the position embedding interpolated to `image_size` (height, width).
+def load(
+    source: str | Path,
+    image_size: tuple[int, int] = (256, 128),
+    last_stride: int = 1,
+    architecture: str | None = None,
+) -> CLIP:
+    """Load CLIP in float32, its position embedding interpolated to `image_size`. `CLIP.source` names the file.
 
-    source: "ViT-B/16", "RN50" (downloaded on first use), or a path to a TorchScript archive or state dict in
-        OpenAI's layout; all sizes are read off the weights.
-    last_stride: stride of a ResNet's last stage; prior ReID work uses 1, CLIP itself 2.
+    Args:
+        source: "ViT-B/16" or "RN50" (downloaded on first use), or the path of a file of any layout in docs/data.md.
+        image_size: height and width.
+        last_stride: stride of a ResNet's last stage; prior ReID work uses 1, CLIP itself 2.
+        architecture: refuse weights of other sizes than this one of ARCHITECTURES; None: accept any.
 
     Raises FileNotFoundError or ConnectionError if there is no such file, ValueError if it is damaged or not a CLIP.
     """
-    path = download(URLS[source]) if source in URLS else Path(source)
-    state_dict = read_weights(path, trusted=[url.split("/")[-2] for url in URLS.values()])
-    for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these three numbers
-        state_dict.pop(name, None)
+    path, sha256 = fetch(addresses(source)) if source in URLS else find(source)
     try:
-        model = CLIP(**read_sizes(state_dict), image_size=image_size, last_stride=last_stride)
-        name = "visual.positional_embedding" if "visual.proj" in state_dict else "visual.attnpool.positional_embedding"
+        state_dict = read_weights(path, is_trusted=any(sha256 in url for url in URLS.values()))
+        sizes = read_sizes(state_dict)
+        if architecture:
+            check_architecture(sizes, architecture)
+        model = CLIP(**sizes, image_size=image_size, last_stride=last_stride)
+        name = "visual.positional_embedding" if sizes["patch_size"] else "visual.attnpool.positional_embedding"
         state_dict[name] = resize_positions(state_dict[name], model.grid)
+        check_names_and_shapes(state_dict, model.state_dict())
         model.load_state_dict(state_dict)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit a CLIP in OpenAI's layout ({one_line(error)})") from error
+    except KeyError as error:
+        raise ValueError(f"cannot use {path}: it lacks {error.args[0]}") from error
+    except (IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"cannot use {path}: its tensors have other shapes than CLIP's") from error
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from error
+    model.source = {"clip_file": str(path), "clip_sha256": sha256}
+    print(f"CLIP's weights: {path}, sha256 {sha256}")
     return model.eval()
 
 
+def addresses(name: str) -> list[tuple[str, str, str]]:
+    """Return where to get OpenAI's weights: address, sha256, file name in the cache; the hub comes second."""
+    *_, sha256, filename = URLS[name].split("/")
+    folder, hub_sha256 = HUB[name]
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    hub_file = (f"{hub}/{folder}/open_clip_model.safetensors", hub_sha256, f"{Path(filename).stem}.openai.safetensors")
+    return [(URLS[name], sha256, filename), hub_file]
+
+
+def check_architecture(sizes: dict, name: str) -> None:
+    """Raise ValueError if `sizes`, from `read_sizes`, are not those of ARCHITECTURES[name]."""
+    with torch.device("meta"):  # sizes without numbers
+        expected = read_sizes(CLIP(**ARCHITECTURES[name]).state_dict())
+    wrong = [f"{key} {sizes[key]} instead of {expected[key]}" for key in sizes if sizes[key] != expected[key]]
+    if wrong:
+        raise ValueError(f"it is another CLIP than {name}: {', '.join(wrong)}")
+
+
+def check_names_and_shapes(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError, in a sentence, if names or shapes differ from those of `expected`."""
+    missing = [name for name in expected if name not in state_dict and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in state_dict if name not in expected]
+    for names, verb in ((missing, "lacks"), (unknown, "holds, unlike CLIP,")):
+        if names:
+            raise ValueError(f"it {verb} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    for name, tensor in state_dict.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"the shape of {name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
+
+
 def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0) -> CLIP:
-    """Random weights of one of ARCHITECTURES, always the same for one seed; the global random state is left alone."""
+    """Return a CLIP of ARCHITECTURES with random weights from the seed; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIP(**ARCHITECTURES[name], image_size=image_size).eval()
 
 
 def read_sizes(state_dict: dict[str, Tensor]) -> dict:
-    """CLIP's arguments, read off its weights. KeyError, IndexError or ValueError if they are not CLIP's."""
+    """Return CLIP's arguments, read off its weights. KeyError or IndexError if they are not CLIP's."""
 
     def count(prefix: str) -> int:
         position = prefix.count(".")
@@ -437,19 +494,28 @@ def read_sizes(state_dict: dict[str, Tensor]) -> dict:
         context_length=state_dict["positional_embedding"].shape[0],
         vocab_size=state_dict["token_embedding.weight"].shape[0],
     )
-    if "visual.proj" in state_dict:
-        width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
+    if "visual.layer1.0.conv1.weight" in state_dict:
+        layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+        width, patch_size = state_dict["visual.layer1.0.conv1.weight"].shape[0], None
+    else:
         layers = count("visual.transformer.resblocks.")
-        return dict(sizes, vision_layers=layers, vision_width=width, patch_size=patch_size)
-    layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-    return dict(sizes, vision_layers=layers, vision_width=state_dict["visual.layer1.0.conv1.weight"].shape[0])
+        width, patch_size = state_dict["visual.conv1.weight"].shape[0], state_dict["visual.conv1.weight"].shape[3]
+    return dict(sizes, vision_layers=layers, vision_width=width, patch_size=patch_size)
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A square grid's position embedding (1 + n * n, W) -> (1 + h * w, W), bicubic; the class token's row stays."""
-    side = math.isqrt(len(positions) - 1)
-    if grid == (side, side):
+    """Interpolate the position embedding of a square grid, (1 + n * n, W) -> (1 + h * w, W), except the class token's.
+
+    A number that is not square is of a CLIP fine-tuned at another size, which must be that of `grid`, else ValueError.
+    """
+    count, (height, width) = len(positions) - 1, grid
+    side = math.isqrt(count)
+    if grid == (side, side) or side * side < count == height * width:
         return positions
+    if side * side < count:
+        raise ValueError(
+            f"its {count} positions are not the {height}x{width} of this image size, nor a square to resize"
+        )
     square = positions[1:].T.reshape(1, -1, side, side)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])

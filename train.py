@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=data.FOLDERS, default="market1501", help="dataset to train on (default: market1501)")
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--backbone", choices=CLIP_NAMES, default="vit", help="CLIP ViT-B/16, CLIP RN50 or the demo's (default: vit)")
-    add("--clip-weights", help="path of a weight file, or 'random' (default: download OpenAI's weights)")
+    add("--clip-weights", metavar="PATH", help="weight file or folder, or 'random' (default: download OpenAI's)")
     add("--output", help="run directory (default: runs/DATASET-BACKBONE)")
     add("--resume", action="store_true", help="continue the run in the run directory, if there is one")
     add("--seed", type=int, default=0, help="random seed (default: 0)")
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         elif args.backbone == "tiny":
             clip_model = tiny_clip.load(args.image_size)
         else:
-            clip_model = clip.load(args.clip_weights or CLIP_NAMES[args.backbone], args.image_size)
+            name = CLIP_NAMES[args.backbone]
+            clip_model = clip.load(args.clip_weights or name, args.image_size, architecture=name)
         torch.manual_seed(args.seed)
         model = PromptSG(
             clip_model,
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             inversion=not (args.baseline or args.train_prompt == "simplified"),
             composed_prompt=args.composed_prompt,
         )
-        checkpoint.start_run(folder, settings, device)
+        checkpoint.start_run(folder, {**settings, **clip_model.source}, device)
     model.to(device, memory_format=torch.channels_last)
     print(f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {device}, {precision}")
 

@@ -65,7 +65,7 @@ def save(state: dict, path: Path) -> None:
 def start_run(folder: Path, settings: dict, device: torch.device) -> None:
     """Create the directory of a new run, with its args.json. Only the first of several processes writes.
 
-    args.json holds the flags and what the run was made with: command, commit, versions, processor.
+    args.json holds the settings and what the run was made with: command, commit, versions, processor.
     """
     if rank() > 0:
         return
@@ -116,7 +116,8 @@ def read_tensors(path: Path) -> object:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # torch judges some files by their suffix, given a path
+            return torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # both raise many kinds of errors for files that are not their own
