@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if args.clip_weights == "random":
             clip_model = clip.untrained(CLIP_NAMES[args.backbone], args.image_size, args.seed)
-        elif args.backbone == "tiny" and not args.clip_weights:
+        elif args.backbone == "tiny":
             clip_model = tiny_clip.load(args.image_size)
         else:
             name = CLIP_NAMES[args.backbone]
