@@ -237,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         log.append({"epoch": epoch, **means, "lr": lr, "seconds": seconds, "images_per_second": speed})
         scheduler.step()
         line = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items())
-        left = (args.epochs - epoch) * seconds / 60
-        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left:.0f} min left")
+        left = (args.epochs - epoch) * seconds
+        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
 
         # Evaluate before saving, so that a checkpoint never lacks the result of its own epoch.
         is_last = epoch == args.epochs
@@ -257,12 +257,15 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(state, folder / "last.pt")  # to a temporary file, then renamed
             saved_at = time.monotonic()
 
-    # Summary.
+    # Summary, with the other prompt of section 4.3.
     if rank() == 0:
         draw_curves(log, folder / "curves.png")
     print(f"training time (Table 6): {sum(record.get('seconds', 0) for record in log):.0f} s, without evaluation")
-    if "mAP" in log[0] and "mAP" in log[-1]:
-        print(f"mAP {log[0]['mAP']:.1%} (CLIP before training) -> {log[-1]['mAP']:.1%}")
+    if args.eval_every and "mAP" in log[0] and "mAP" in log[-1]:
+        line = f"mAP {log[0]['mAP']:.1%} (CLIP before training) -> {log[-1]['mAP']:.1%} {model.default_prompt}"
+        if model.default_prompt == "composed":
+            line += f", {evaluate.evaluate(model, dataset, 'simplified', workers)['mAP']:.1%} simplified"
+        print(line)
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
         print(f"peak GPU memory: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")

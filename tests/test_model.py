@@ -1,4 +1,4 @@
-"""Section 4 of the paper: what the text does, where the gradient goes, what is frozen, how many parameters there are."""
+"""Section 4 of the paper: what the text does, where the gradient goes, what is frozen, how many parameters."""
 
 import pytest
 import torch
