@@ -237,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         log.append({"epoch": epoch, **means, "lr": lr, "seconds": seconds, "images_per_second": speed})
         scheduler.step()
         line = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items())
-        left = (args.epochs - epoch) * seconds
-        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+        left = f"{round((args.epochs - epoch) * seconds / 60, 1):g} min left"
+        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left}")
 
         # Evaluate before saving, so that a checkpoint never lacks the result of its own epoch.
         is_last = epoch == args.epochs
