@@ -1,26 +1,27 @@
-"""Writes a trained model as one torch.export file, picture -> feature, for a tracker: python -m extras.export
+"""Write a trained model as one torch.export file, image -> feature: python -m extras.export
 
-With the simplified prompt, whose text feature is a constant. Whoever uses the file needs only torch.
+It uses the simplified prompt, whose text feature is a constant. The file needs only torch.
 """
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python extras/export.py` works too
+
 import clip
-import data
-import evaluate
 from model import PromptSG
-from util import machine
-from util.run import writing
+from util import checkpoint
+from util.device import run_script, setup
 
 
 class ImageToFeature(nn.Module):
-    """PromptSG with the simplified prompt, whose text feature is a constant: a plain function of the picture."""
+    """PromptSG with the simplified prompt: a function of the image alone."""
 
     def __init__(self, model: PromptSG):
         super().__init__()
@@ -28,11 +29,11 @@ class ImageToFeature(nn.Module):
         self.interaction = model.interaction
         self.bnneck = model.bnneck
         self.register_buffer("text", model.simplified_text)
-        for name, values in (("mean", clip.MEAN), ("std", clip.STD)):
+        for name, values in (("mean", clip.MEAN), ("std", clip.STD)):  # buffers, because the graph names no device
             self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB uint8 (B, 3, H, W) -> L2-normalised features (B, D). NotImplementedError for floats."""
+        """RGB uint8 (B, 3, H, W) -> features (B, D), of length 1. Raises NotImplementedError for floats."""
         images = images.bitwise_and(255)  # changes nothing, and refuses floats
         tokens = self.visual((images / 255 - self.mean) / self.std).tokens
         z = self.interaction(self.text, tokens) if self.interaction else tokens[:, 0]
@@ -40,49 +41,46 @@ class ImageToFeature(nn.Module):
 
 
 @torch.no_grad()
-def export(model: PromptSG, image_size: tuple[int, int], path: Path) -> None:
-    """Writes ImageToFeature with torch.export, for batches of up to 65,536, reads it again and compares the two.
+def export(model: PromptSG, path: Path) -> None:
+    """Write ImageToFeature, for batches of up to 65,536, load it again and compare it with the model.
 
     Raises ValueError if they differ by more than 1e-5.
     """
     device = model.simplified_text.device
-    few, more = (torch.randint(0, 256, (B, 3, *image_size), dtype=torch.uint8, device=device) for B in (2, 5))
+    few, more = (torch.randint(256, (B, 3, *model.image_size), dtype=torch.uint8, device=device) for B in (2, 5))
     batch = torch.export.Dim("batch", max=2**16)
     program = torch.export.export(ImageToFeature(model).eval(), (few,), dynamic_shapes=({0: batch},))
-    content = io.BytesIO()  # on a full disk, torch's own writer of files takes the whole process down
+    content = io.BytesIO()  # on a full disk, torch's own writer of files would end the process
     torch.export.save(program, content)
-    with writing(path) as unfinished:
-        unfinished.write_bytes(content.getvalue())
-    reloaded = torch.export.load(path).module()
-    difference = (reloaded(more) - model.embed(clip.normalize(more), "simplified")).abs().max().item()
+    with checkpoint.atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+    exported = torch.export.load(path).module()
+    difference = (exported(more) - model.embed(clip.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
         path.unlink()
         raise ValueError(f"{path} differs from the model by {difference:.1e}: do not use it, and please report this")
-    height, width = image_size
-    print(
-        f"exported to {path}: RGB uint8 (B, 3, {height}, {width}), no floats -> (B, {len(model.bnneck.weight)}); "
-        f"differs from the model by {difference:.0e}; use it: torch.export.load({str(path)!r}).module()"
-    )
+    height, width = model.image_size
+    print(f"exported to {path}: RGB uint8 (B, 3, {height}, {width}) -> features (B, {model.bnneck.num_features})")
+    print(f"it differs from the model by {difference:.0e}; load it with torch.export.load({str(path)!r}).module()")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Every setting and its meaning."""
-    parser = machine.make_parser("-m extras.export", "Export a trained PromptSG, simplified prompt.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=machine.path, default=Path("model.pt2"), metavar="FILE.pt2", help="(model.pt2)")
-    add("--checkpoint", type=machine.path, metavar="PATH", help="(last.pt of the newest run in runs/)")
-    add("--device", default="cpu", help="cpu, cuda or cuda:1, which the file will run on (cpu)")
-    parser.set_defaults(prompt="simplified", dataset=None)
-    return parser.parse_args(argv)
+    add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
+    add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="file (default: model.pt2)")
+    add("--device", default="cpu", help="kind of device that the file is for (default: cpu)")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
+        parser.error(f"cannot write {args.output}: give a name that ends in .pt2, in a directory that exists")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    machine.check_output("--output", args.output, ".pt2")
-    machine.check_device(args)
-    model, _ = evaluate.load_run(args)
-    export(model, args.image_size, args.output)
+    device = setup(args.device)
+    export(PromptSG.load(args.checkpoint or checkpoint.newest(), device), args.output)
 
 
 if __name__ == "__main__":
-    machine.exit_on_error(main)
+    run_script(main)

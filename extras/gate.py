@@ -1,9 +1,13 @@
-"""Does a checkpoint of CLIP-ReID, read, embedded and scored by our code as by its own, score as published?
+"""Evaluate a checkpoint of CLIP-ReID with our code and compare with the published figures.
 
 python -m extras.gate WEIGHTS.pth --dataset market1501    # the README of github.com/Syliz517/CLIP-ReID links the files
+
+If the figures agree, the visual encoder, the data and the evaluation are right.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python extras/gate.py` works too
+
 import clip
 import data
 import evaluate
-from util import machine, run
-from util.pictures import open_picture
+from util.checkpoint import read_tensors
+from util.device import default_workers, ignore_interrupts, one_line, run_script, setup, show_progress
 
-GRID = (16, 8)  # of the tokens of a picture of 256x128
+GRID = (16, 8)  # of the tokens of an image of 256x128
 MEAN_STD = {"ViT": ([0.5] * 3, [0.5] * 3), "CNN": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}  # CNN: ImageNet's
 EXPECTED = {  # mAP and Rank-1 in the paper's Table 2, whose rows "Baseline" are, we believe, CLIP-ReID's baselines
     "ViT-baseline": {"market1501": (86.4, 93.3), "msmt17": (66.1, 84.4), "dukemtmc": (80.0, 88.8)},
@@ -29,8 +35,11 @@ EXPECTED = {  # mAP and Rank-1 in the paper's Table 2, whose rows "Baseline" are
 
 
 def load_encoder(path: Path) -> tuple[nn.Module, str, list[str]]:
-    """A checkpoint's encoder, its name in EXPECTED, what else it holds. ValueError if it is none for the gate."""
-    weights = run.read_whole(path)
+    """Return a checkpoint's visual encoder, its name in EXPECTED, and names of what else the checkpoint holds.
+
+    Raises FileNotFoundError, or ValueError if it is not a checkpoint that the gate can evaluate.
+    """
+    weights = read_tensors(path)
     try:
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
         others = sorted({name.split(".")[0] for name in weights} - {"image_encoder"})
@@ -38,7 +47,7 @@ def load_encoder(path: Path) -> tuple[nn.Module, str, list[str]]:
         is_vit = "proj" in weights
         tokens = len(weights["positional_embedding" if is_vit else "attnpool.positional_embedding"]) - 1
         if "cv_embed" in others or tokens != GRID[0] * GRID[1]:
-            raise ValueError(f"it has camera embeddings (SIE), another stride (OLP) or picture size ({tokens} tokens)")
+            raise ValueError(f"it has camera embeddings (SIE), another stride (OLP) or image size ({tokens} tokens)")
         if is_vit:
             layers, (width, embed_dim) = sum("in_proj_weight" in name for name in weights), weights["proj"].shape
             encoder = clip.VisionTransformer(GRID, 16, width, layers, embed_dim)
@@ -48,54 +57,65 @@ def load_encoder(path: Path) -> tuple[nn.Module, str, list[str]]:
             encoder = clip.ModifiedResNet(GRID, layers, width, len(weights["attnpool.c_proj.weight"]), last_stride=1)
         encoder.load_state_dict(weights)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint of CLIP-ReID for the gate: {machine.one_line(error)}") from error
+        raise ValueError(f"{path} is not a checkpoint of CLIP-ReID for the gate: {one_line(error)}") from error
     name = ("ViT-" if is_vit else "CNN-") + ("CLIP-ReID" if "prompt_learner" in others else "baseline")
     return encoder.eval(), name, others
 
 
-def read_pictures(samples: list[data.Sample]) -> Tensor:
-    """RGB uint8 (B, 3, 256, 128) of picture files, resized as CLIP-ReID does for testing. OSError if one is broken."""
-    pictures = [open_picture(path).resize((128, 256), Image.Resampling.BILINEAR) for path, *_ in samples]
-    return torch.stack([pil_to_tensor(picture) for picture in pictures])
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Read image files as evaluation does, but resized as CLIP-ReID does for testing: uint8 (B, 3, 256, 128)."""
+    images = [data.open_image(path).resize((128, 256), Image.Resampling.BILINEAR) for path in paths]
+    return torch.stack([pil_to_tensor(image) for image in images])
 
 
-def extract(encoder: nn.Module, samples: list[data.Sample], mean_and_std: tuple, args: argparse.Namespace) -> Tensor:
-    """The last state beside v, before the necks, L2-normalised: (N, 768 + 512), of RN50 (N, 2048 + 1024)."""
-    features = []
-    for images in DataLoader(samples, args.eval_batch_size, num_workers=args.workers, collate_fn=read_pictures):
-        with torch.inference_mode(), machine.autocast(args):
-            states = encoder(normalize(images.to(args.device) / 255, *mean_and_std)).states  # v is the last one
-            features.append(nn.functional.normalize(torch.cat(states[1:], dim=1).float()))
-        machine.show_progress(sum(map(len, features)), len(samples), "pictures")
+@torch.inference_mode()
+def extract(
+    encoder: nn.Module, paths: list[Path], mean: list[float], std: list[float], batch_size: int = 128, workers: int = 0
+) -> Tensor:
+    """Return the last hidden state beside v, before the necks, of length 1: (N, 768 + 512), or RN50 (N, 2048 + 1024).
+
+    Raises OSError if an image cannot be read.
+    """
+    device, features = next(encoder.parameters()).device, []
+    options = {"collate_fn": read_images, "worker_init_fn": ignore_interrupts}
+    for images in DataLoader(paths, batch_size, num_workers=workers, **options):
+        states = encoder(normalize(images.to(device) / 255, mean, std)).states  # v is the last one
+        features.append(nn.functional.normalize(torch.cat(states[1:], dim=1)))
+        show_progress(sum(map(len, features)), len(paths), "images")
     return torch.cat(features)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = machine.make_parser("-m extras.gate WEIGHTS.pth", "Does CLIP-ReID's checkpoint score as published?")
-    parser.add_argument("weights", type=machine.path, metavar="WEIGHTS.pth", help="one that CLIP-ReID's README links")
-    parser.add_argument("--dataset", choices=data.FOLDERS, required=True, help="it was trained on")
-    machine.add_machine_flags(parser)
-    parser.set_defaults(precision="fp32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("weights", type=Path, metavar="WEIGHTS.pth", help="checkpoint that CLIP-ReID's README links")
+    add("--dataset", choices=data.FOLDERS, required=True, help="dataset that it was trained on")
+    add("--data-root", default="data", help="directory of the datasets (default: data)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
+    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    machine.check_machine_flags(args)
+    device = setup(args.device)
+    workers = default_workers(device) if args.workers is None else args.workers
     encoder, name, others = load_encoder(args.weights)
-    dataset = data.load_dataset(args.dataset, args.data_root)
-    print(f"{args.weights}: {name}; passed over: {', '.join(others)}\n{data.summary(dataset)}")
-    features = extract(encoder.to(args.device), dataset.query + dataset.gallery, MEAN_STD[name[:3]], args)
-    result = evaluate.metrics_of(*features.split([len(dataset.query), len(dataset.gallery)]), dataset)
+    dataset = data.load_dataset(args.dataset, args.data_root, ("query", "gallery"))
+    print(f"{args.weights}: {name}; skipped: {', '.join(others)}\n{data.summary(dataset)}")
+    paths = [sample.path for sample in dataset.query + dataset.gallery]
+    features = extract(encoder.to(device), paths, *MEAN_STD[name[:3]], workers=workers)
+    result = evaluate.rank_dataset(dataset, *features.split([len(dataset.query), len(dataset.gallery)]))
     print(f"{args.dataset}, {name}: {evaluate.describe(result)}")
     if args.dataset not in EXPECTED[name]:
-        return print("no figure is published for this model on this dataset: no verdict")
+        print("no figure is published for this model on this dataset: no verdict")
+        return
     mAP, rank1 = EXPECTED[name][args.dataset]
     print(f"expected: mAP {mAP}%  Rank-1 {rank1}%, both to 0.3")
     if max(abs(100 * result["mAP"] - mAP), abs(100 * result["rank1"] - rank1)) > 0.3:
-        raise SystemExit("FAILED: look at the dataset's version (MSMT17: V1), the file (this dataset's?), the pictures")
-    print("passed: encoder, data and scoring are right")
+        sys.exit("FAILED: check the dataset's version (MSMT17: V1), the file (is it this dataset's?), the images")
+    print("passed: encoder, data and evaluation are right")
 
 
 if __name__ == "__main__":
-    machine.exit_on_error(main)
+    run_script(main)

@@ -1,59 +1,59 @@
-"""Shows what a trained model sees: where its prompts look, transformer relevance, and the best matches of some queries.
+"""Draw what a trained model sees: best matches, attention maps, transformer relevance.
 
-python -m extras.look                               eight queries of the dataset it was trained on, the worst first
-python -m extras.look --images one.jpg folder       where it looks in your own pictures
-python -m extras.look --figure-4 RUN RUN            what several runs know people by, side by side
-python -m extras.look --words "red top" "a bag"     where these words are
-python -m extras.look --s-star                      what the pseudo-word S* says of a person
+python -m extras.look                               best matches of some queries, and where the model looks in them
+python -m extras.look --before-after                best matches before and after training
+python -m extras.look --images one.jpg folder       where the model looks in your own images
+python -m extras.look --figure-4 RUN RUN            what several runs recognise people by, side by side
 
-On the demo, whose masks say where the person is, it also measures how much of the attention lies on the person.
+On the demo, whose masks show the person, it also measures how much of the attention lies on the person.
 """
 
 import argparse
-import functools
-import random
+import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python extras/look.py` works too
 
 import clip
 import data
 import evaluate
 import train
-from model import BACKBONES, PromptSG, build_model
-from util import demo, machine
-from util.pictures import find_readable
-from util.rerank import k_reciprocal
-
-S_STAR_WORDS = [f"{colour} {garment}" for colour in demo.CLOTHES for garment in ("top", "trousers")]
-S_STAR_WORDS += ["a hat", "a bag"]
-
+from demo import tiny_clip
+from model import PromptSG, restore_model
+from util import checkpoint
+from util.device import default_workers, run_script, setup, show_progress
 
 # ---------------------------------------------------------------------------------------- where a model looks
 
 
-def relevance(model: PromptSG, images: Tensor, prompt: str, target: Callable[..., Tensor]) -> Tensor:
-    """How much each token matters for a target S: normalised images (B, 3, H, W) -> (B, 1 + M).
-
-    target: of v (B, D), z (B, D) and the prompt's text embedding l (B or 1, D), which is held constant -> S (B,).
+def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Callable[..., Tensor]) -> Tensor:
+    """Return the relevance of each token for a target S: normalised images (B, 3, H, W) -> (B, 1 + M).
 
     Transformer relevance (Chefer, Gur and Wolf, ICCV 2021, by the authors of the paper's [2]): from the first layer to
-    the last that S depends on, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The
-    cross-attention weights token i by a_i, so that its matrix is diagonal. Raises ValueError for a ResNet.
+    the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The cross-attention weights token
+    i by a_i, so its matrix is diagonal.
+
+    Args:
+        target: function of v (B, D), z (B, D) and the text embedding l (B or 1, D; held constant) that returns S (B,).
+            S must depend on z.
+
+    Raises ValueError for a ResNet.
     """
     if not isinstance(model.clip.visual, clip.VisionTransformer):
-        raise ValueError("transformer relevance is for a ViT, and this model's visual encoder is a ResNet")
+        raise ValueError("transformer relevance needs a ViT, and this model's visual encoder is a ResNet")
     encoder = [block.attn for block in model.clip.visual.transformer.resblocks]
-    behind = [block.attn for block in model.interaction.blocks] if model.interaction else []
-    for layer in encoder + behind:
+    after = [block.attn for block in model.interaction.blocks] if model.interaction else []
+    for layer in encoder + after:
         layer.keep_probabilities = True
     features = model.clip.encode_image(images)
     v = z = features.embedding
@@ -63,414 +63,364 @@ def relevance(model: PromptSG, images: Tensor, prompt: str, target: Callable[...
     if model.interaction:
         a = model.interaction.attention_map(text, features.tokens)  # (B, 1 + M)
         z = model.interaction.aggregate(a, features.tokens)
-        maps += [a, *(layer.probabilities for layer in behind)]
-    for layer in encoder + behind:
+        maps += [a, *(layer.probabilities for layer in after)]
+    for layer in encoder + after:
         layer.keep_probabilities = False
         del layer.probabilities
 
-    gradients = torch.autograd.grad(target(v, z, text).sum(), maps, allow_unused=True)  # None behind v, if S is of v
     identity = torch.eye(features.tokens.shape[1]).to(images)
     R = identity
-    for A, gradient in zip(maps, gradients):
-        if gradient is not None:
-            positive = (A * gradient).detach().clamp(min=0)
-            R = R + (positive.unsqueeze(2) * R if A.ndim == 2 else positive.mean(dim=1) @ R)  # (B, 1 + M, 1 + M)
-    R = R - identity  # a token's relevance to itself tells nothing
-    is_of_v = len(maps) == len(encoder) or gradients[-1] is None
-    return R[:, 0] if is_of_v else R.mean(dim=1)  # v is the class token, z the mean of the last tokens
+    for A, gradient in zip(maps, torch.autograd.grad(target(v, z, text).sum(), maps)):
+        positive = (A * gradient).detach().clamp(min=0)
+        R = R + (positive.unsqueeze(2) * R if A.ndim == 2 else positive.mean(dim=1) @ R)  # (B, 1 + M, 1 + M)
+    R = R - identity  # without the relevance of each token to itself
+    return R.mean(dim=1) if model.interaction else R[:, 0]  # z is the mean of the last tokens, or the class token
 
 
-def likeness_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
-    """A target: the cosine of l to both of an image, summed: v, which L_SupCon brings to it (Eq. 5), and z."""
+def similarity_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
+    """Target: cosine similarity of l to v, which L_SupCon increases (Eq. 5), plus that of l to z."""
     return F.cosine_similarity(v, text) + F.cosine_similarity(z, text)
 
 
-def words_relevance(model: PromptSG, images: Tensor, text: Tensor) -> Tensor:
-    """Where words are: relevance for the cosine of v and T(sentence), of images (B, 3, H, W) and text (B or 1, D)."""
-    return relevance(model, images, "simplified", lambda v, z, l: F.cosine_similarity(v, text))
-
-
 def identity_relevance(
-    model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], args: argparse.Namespace
+    model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], prompt: str | None = None, workers: int = 0
 ) -> Tensor:
-    """What a model knows people by (Figure 4): samples -> relevance of the patches (N, M).
+    """Return what a model recognises people by (Figure 4): samples -> relevance of the patches (N, M).
 
-    The target is the similarity of a picture's retrieval feature to those of the same person's other pictures in
-    `pool`, on average. These are held constant.
+    The target is the mean similarity of an image's retrieval feature to those of the same person's other images in
+    `pool`, which are held constant.
     """
     people = {sample.pid for sample in samples}
     pool = [sample for sample in pool if sample.pid in people]
-    features = evaluate.extract(lambda images: model.embed(images, args.prompt), pool, args)  # (P, D)
+    features = evaluate.extract(model, [sample.path for sample in pool], prompt, workers=workers)  # (P, D)
     is_other = [[other.pid == sample.pid and other.path != sample.path for other in pool] for sample in samples]
-    weights = torch.tensor(is_other).to(features)
+    weights = torch.tensor(is_other).float()
     others = weights / weights.sum(dim=1, keepdim=True) @ features  # (N, D)
-    maps = []
-    for (images, _), mean in zip(data.test_loader(samples, args.image_size, 16, args.workers), others.split(16)):
 
-        def likeness(v: Tensor, z: Tensor, text: Tensor, mean: Tensor = mean) -> Tensor:
-            return (F.normalize(model.bnneck(z), dim=1) * mean).sum(dim=1)
+    def patches(images: Tensor, part: slice) -> Tensor:
+        def similarity(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
+            return (F.normalize(model.bnneck(z), dim=1) * others[part].to(z)).sum(dim=1)
 
-        maps.append(relevance(model, clip.normalize(images.to(args.device)), args.prompt, likeness)[:, 1:])
-        machine.show_progress(sum(map(len, maps)), len(samples), "maps")
-    return torch.cat(maps)
+        return relevance(model, images, prompt, similarity)[:, 1:]
 
-
-@torch.no_grad()
-def encode_sentences(model: PromptSG, sentences: list[str]) -> Tensor:
-    """T(sentence) of each, of length 1: (N, D)"""
-    token_ids = clip.tokenize(sentences).to(model.simplified_text.device)
-    return F.normalize(model.clip.encode_text(token_ids), dim=1)
+    return map_images(model, [sample.path for sample in samples], patches)
 
 
-def encode_words(model: PromptSG, words: list[str]) -> Tensor:
-    """T("A photo of a person with red top") of each of the words, of length 1: (N, D)"""
-    return encode_sentences(model, [demo.sentence(word) for word in words])
+def map_images(model: PromptSG, paths: list[Path], function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Return function(normalised images (B, 3, H, W), slice of `paths`) of all image files, on the CPU."""
+    device, results = next(model.parameters()).device, []
+    for begin in range(0, len(paths), 16):
+        part = slice(begin, begin + 16)
+        images = torch.stack([data.read_image(path, model.image_size) for path in paths[part]])
+        results.append(function(clip.normalize(images.to(device)), part).detach().cpu())
+        show_progress(begin + len(images), len(paths), "maps")
+    return torch.cat(results)
 
 
 def person_shares(dataset: data.Dataset, samples: list[data.Sample], grid: tuple[int, int]) -> Tensor:
-    """The share of each patch that shows the person, from the demo data's masks: (N, M)."""
-    paths = [dataset.folder / "masks" / f"{sample.path.stem}.png" for sample in samples]
-    masks = torch.stack([data.read_picture(path, (256, 128))[:1] for path in paths])
+    """Return the share of each patch that shows the person, from the demo's masks: (N, M)."""
+    masks = [data.open_image(dataset.folder / "masks" / f"{sample.path.stem}.png") for sample in samples]
+    masks = torch.stack([v2.functional.pil_to_tensor(mask)[:1] for mask in masks])
     return F.adaptive_avg_pool2d(masks / 255, grid).flatten(1)
 
 
 def inside_and_peak(maps: Tensor, inside: Tensor) -> tuple[float, float]:
-    """Maps over the patches (N, M), the share of each patch that counts (N, M): the share of the maps that lies there,
-    and how often their peak does (the pointing game).
+    """Return the share of the maps (N, M) that lies inside, and how often their peak does (the pointing game).
+
+    inside: share of each patch that counts as inside, (N, M).
     """
     share = (maps * inside).sum(dim=1) / maps.sum(dim=1)
     peak = inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5
     return share.mean().item(), peak.float().mean().item()
 
 
-def describe_inside(what: str, share: float, peak: float, inside: Tensor) -> str:
-    """One line for people."""
-    area = f"the person is {inside.mean():.1%} of a picture"
-    return f"{what}: {share:.1%} of it, its peak in {peak:.1%} of the pictures ({area})"
+def describe_inside(maps: Tensor, inside: Tensor) -> str:
+    """Describe how much of the maps lies on the person."""
+    share, peak = inside_and_peak(maps, inside)
+    return f"{share:.1%} of it, its peak in {peak:.1%} of the images (the person covers {inside.mean():.1%})"
 
 
-def print_attention_inside(models: dict[str, PromptSG], dataset: data.Dataset, args: argparse.Namespace) -> None:
-    """Of each model and prompt: how much of the attention on the patches of the demo's queries lies on the person."""
-    grid = next(iter(models.values())).clip.grid
-    inside = person_shares(dataset, dataset.query, grid).to(args.device)
-    for name, model in models.items():
-        for prompt in ("simplified", "composed") if model.inversion else ("simplified",):
-            attend = functools.partial(model.attention_map, prompt=prompt)
-            share, peak = inside_and_peak(evaluate.extract(attend, dataset.query, args)[:, 1:], inside)
-            print(describe_inside(f"attention on the person, {name}, {prompt} prompt", share, peak, inside))
+# ------------------------------------------------------------------------------------------------------ models
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+def load_run(path: Path, device: torch.device) -> tuple[PromptSG, dict]:
+    """Return the model of a checkpoint, and the checkpoint."""
+    state = checkpoint.load(path)
+    print(f"{path}: {state['args']['backbone']} trained on {state['args']['dataset']}, epoch {state['epoch']}")
+    return restore_model(state).to(device), state
 
-TILE = (256, 128)  # height and width of a picture in our drawings
+
+def before_training(state: dict, **changes) -> PromptSG:
+    """Return the model of a run before training, in eval mode: the CLIP it started from, and random new modules.
+
+    changes: arguments of PromptSG that differ from the run's.
+    """
+    args = argparse.Namespace(**state["args"])
+    name, image_size = train.CLIP_NAMES[args.backbone], tuple(args.image_size)
+    if args.clip_weights == "random":
+        clip_model = clip.untrained(name, image_size, args.seed)
+    elif args.backbone == "tiny":
+        clip_model = tiny_clip.load(image_size)
+    else:
+        clip_model = clip.load(args.clip_weights or name, image_size)
+    torch.manual_seed(args.seed)
+    return PromptSG(clip_model, **{**state["model_args"], **changes}).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ sheets
+
+TILE = (192, 96)  # height and width of an image on a sheet
 GREEN, RED, GREY = (0, 150, 60), (210, 30, 40), (120, 120, 120)
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # the "inferno" colour map
+MATCHES = {"same identity as the query": [GREEN], "another identity": [RED]}  # legend of best matches
+MAPS = {"from the lowest to the highest value of each map": HEAT}  # legend of maps
 
 
-def tile(picture: Tensor, caption: str, frame: tuple[int, int, int] = GREY) -> Tensor:
-    """A picture uint8 (3, 256, 128) in a coloured frame with a caption below: uint8 (3, 288, 136)"""
-    height, width = TILE
-    canvas = Image.new("RGB", (width + 8, height + 32), "white")
-    canvas.paste(frame, (0, 0, width + 8, height + 8))
-    canvas.paste(v2.functional.to_pil_image(picture), (4, 4))
-    font = ImageFont.load_default(14)
-    while font.getlength(caption) > width + 8:
-        caption = caption[1:]  # the end of a long file name tells more
-    ImageDraw.Draw(canvas).text((width // 2 + 4, height + 20), caption, "black", font, anchor="mm")
-    return v2.functional.pil_to_tensor(canvas)
+class Tile(NamedTuple):
+    """An image, uint8 (3, 192, 96), with a caption below it, in a coloured frame."""
+
+    image: Tensor
+    caption: str
+    frame: tuple[int, int, int] = GREY
 
 
-def words_tile(words: str, caption: str) -> Tensor:
-    """Lines of words in the place of a picture: uint8 (3, 288, 136)"""
-    height, width = TILE
-    canvas = Image.new("RGB", (width, height), "white")
-    lines = "\n".join(textwrap.fill(line, 16) for line in words.splitlines())
-    font = ImageFont.load_default(14)
-    ImageDraw.Draw(canvas).text((width // 2, height // 2), lines, "black", font, anchor="mm", align="center")
-    return tile(v2.functional.pil_to_tensor(canvas), caption)
-
-
-def heat(picture: Tensor, attention: Tensor) -> Tensor:
-    """A map (h, w) over a picture uint8 (3, 256, 128), from its least (dark) to its greatest value (yellow)."""
-    attention = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
-    smooth = F.interpolate(attention.cpu()[None, None], TILE, mode="bicubic", align_corners=False)[0, 0]
+def heat(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Lay a map over its patches (M,), from its least (dark) to its greatest value (yellow), over an image."""
+    scaled = (patches - patches.min()) / (patches.max() - patches.min()).clamp(min=1e-12)
+    smooth = F.interpolate(scaled.view(1, 1, *grid), TILE, mode="bicubic", align_corners=False)[0, 0]
     position = smooth.clamp(0, 1) * (len(HEAT) - 1)
-    colours = torch.tensor(HEAT).float()
     below = position.long().clamp(max=len(HEAT) - 2)
+    colours = torch.tensor(HEAT).float()
     colour = colours[below].lerp(colours[below + 1], (position - below).unsqueeze(2)).permute(2, 0, 1)
-    grey = v2.functional.rgb_to_grayscale(picture, num_output_channels=3)
-    return (0.4 * grey + 0.6 * colour).to(torch.uint8)
+    return (0.4 * v2.functional.rgb_to_grayscale(image, 3) + 0.6 * colour).to(torch.uint8)
 
 
-def save_sheets(rows: list[list[Tensor]], stem: Path, rows_a_sheet: int = 8) -> None:
-    """Draws rows of tiles, STEM-1.png and so on, and says where."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for number, begin in enumerate(range(0, len(rows), rows_a_sheet), 1):
-        part = rows[begin : begin + rows_a_sheet]
-        columns = max(map(len, part))
-        blank = torch.full_like(part[0][0], 255)
-        tiles = [drawn for row in part for drawn in row + [blank] * (columns - len(row))]
-        path = stem.with_name(f"{stem.name}-{number}.png")
-        v2.functional.to_pil_image(make_grid(tiles, columns, padding=6, pad_value=255)).save(path)
-        print(f"drawn: {path}")
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> str:
+    """Break a text into lines of at most `width` pixels; a text that is too long ends with "…"."""
+    for letters in range(int(width), 0, -1):
+        lines = textwrap.wrap(text, letters, max_lines=max_lines, placeholder="…")
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return "\n".join(lines)
+
+
+def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[str, list]) -> None:
+    """Draw groups of tiles, one or more groups to a line of up to twelve tiles.
+
+    Args:
+        title: what the sheet shows, and for which model.
+        legend: explanations and their colours.
+    """
+    groups = [group[begin : begin + 12] for group in groups for begin in range(0, len(group), 12)]
+    longest, cell_width, cell_height, margin = max(map(len, groups)), TILE[1] + 14, TILE[0] + 62, 16
+    per_line = min(12 // longest, len(groups))
+    group_width = longest * cell_width + margin
+    width = max(640, margin + per_line * group_width)
+    font, title_font = ImageFont.load_default(13), ImageFont.load_default(18)
+    title = wrap(data.printable(title), title_font, width - 2 * margin, 4)
+    top = 24 * len(title.split("\n")) + 20 * len(legend) + 20
+
+    sheet = Image.new("RGB", (width, top + -(-len(groups) // per_line) * cell_height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((margin, 8), title, "black", title_font)
+    for line, (explanation, colours) in enumerate(legend.items()):
+        y = top - 20 * (len(legend) - line) - 6
+        for n, colour in enumerate(colours):
+            canvas.rectangle([margin + 14 * n, y, margin + 14 * n + 13, y + 13], colour)
+        canvas.text((margin + 14 * len(colours) + 6, y + 7), explanation, "black", font, anchor="lm")
+    for number, group in enumerate(groups):
+        line, column = divmod(number, per_line)
+        for n, tile in enumerate(group):
+            x, y = margin + column * group_width + n * cell_width, top + line * cell_height
+            canvas.rectangle([x, y, x + TILE[1] + 7, y + TILE[0] + 7], tile.frame)
+            sheet.paste(v2.functional.to_pil_image(tile.image), (x + 4, y + 4))
+            caption = wrap(data.printable(tile.caption), font, TILE[1] + 8, 3)
+            canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic_write(path) as temporary:
+        sheet.save(temporary, quality=90, subsampling=0)
+    print(f"drawn: {data.printable(path)}")
+
+
+# ------------------------------------------------------------------------------------------- what can be drawn
+
+ORDERS = {"spread": "at even distances from the lowest to the highest AP", "worst": "of lowest AP"}
+
+
+def spread(items: list, count: int) -> list:
+    """Return `count` items at even distances in a list, or all if there are fewer."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def choose_queries(ap: Tensor, order: str, count: int) -> list[int]:
-    """The `count` queries with the lowest AP (Q,), the worst first, or as many at random; those with none left out."""
-    scored = ap.isfinite().nonzero().flatten()
-    if order == "random":
-        scored = scored[torch.randperm(len(scored), generator=torch.Generator().manual_seed(0))]
-    else:
-        scored = scored[ap[scored].argsort(stable=True)]
-    return scored[:count].tolist()
+    """Choose queries by their AP (Q,), in one of ORDERS, the lowest AP first. Queries without an AP are skipped."""
+    ranked = ap.argsort(stable=True)[: int(ap.isfinite().sum())].tolist()  # NaN is last
+    return ranked[:count] if order == "worst" else spread(ranked, count)
 
 
-def draw_ranked_lists(
-    dataset: data.Dataset, similarities: Callable[[int, int], Tensor], queries: list[int], stem: Path
-) -> None:
-    """Each query and its ten best, framed green if right and red if wrong; junk is left out.
-
-    similarities: of the queries begin to end to the gallery, (end - begin, G).
-    """
-    drawing = []
-    for q in queries:
-        query = dataset.query[q]
-        is_junk = [(sample.pid, sample.camid) == (query.pid, query.camid) for sample in dataset.gallery]
-        similarity = similarities(q, q + 1)[0].cpu().masked_fill(torch.tensor(is_junk), -torch.inf)
-        tiles = [tile(data.read_picture(query.path, TILE), f"query {query.pid} c{query.camid}")]
-        for value, g in zip(*(column.tolist() for column in similarity.topk(min(10, len(similarity))))):
-            sample = dataset.gallery[g]
-            if value > -torch.inf:
-                caption = f"{value:.2f}: {sample.pid} c{sample.camid}"
-                picture = data.read_picture(sample.path, TILE)
-                tiles.append(tile(picture, caption, GREEN if sample.pid == query.pid else RED))
-        drawing.append(tiles)
-    save_sheets(drawing, stem)
-
-
-def draw_maps(
-    maps_of: Callable[[Tensor], dict[str, Tensor]],
-    grid: tuple[int, int],
-    samples: list[data.Sample],
-    args: argparse.Namespace,
-    stem: Path,
-) -> None:
-    """Each picture and the maps over its tokens, (1, 1 + M) by their captions, that `maps_of` finds in it."""
-    drawing = []
-    for sample in samples:
-        picture = data.read_picture(sample.path, TILE)
-        image = clip.normalize(data.read_picture(sample.path, args.image_size)[None].to(args.device))
-        maps = [tile(heat(picture, tokens[0, 1:].view(grid)), name) for name, tokens in maps_of(image).items()]
-        drawing.append([tile(picture, sample.path.stem), *maps])
-    save_sheets(drawing, stem)
-
-
-def draw_attention(model: PromptSG, samples: list[data.Sample], args: argparse.Namespace) -> None:
-    """Figures 1 and 2: each picture, where either prompt looks, and, for a ViT, the transformer relevance."""
-    prompts = ("simplified", "composed") if model.inversion else ("simplified",)
-
-    def maps_of(image: Tensor) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            maps = {prompt: model.attention_map(image, prompt) for prompt in prompts}
-        if isinstance(model.clip.visual, clip.VisionTransformer):
-            maps["relevance"] = relevance(model, image, prompts[-1], likeness_to_prompt)
-        return maps
-
-    draw_maps(maps_of, model.clip.grid, samples, args, args.output / "attention")
-
-
-def draw_words(model: PromptSG, samples: list[data.Sample], args: argparse.Namespace) -> None:
-    """Each picture and where each of --words is."""
-    texts = encode_words(model, args.words).split(1)
-
-    def maps_of(image: Tensor) -> dict[str, Tensor]:
-        return {word: words_relevance(model, image, text) for word, text in zip(args.words, texts)}
-
-    draw_maps(maps_of, model.clip.grid, samples, args, args.output / "words")
-
-
-def draw_pseudo_words(model: PromptSG, samples: list[data.Sample], args: argparse.Namespace) -> None:
-    """Prints and draws, for each picture, the five words that T("A photo of a S* person") is nearest to."""
-    words = args.s_star or S_STAR_WORDS
-    composed = evaluate.extract(lambda images: model.compose(model.clip.encode_image(images).embedding), samples, args)
-    drawing = []
-    for sample, cosines in zip(samples, F.normalize(composed, dim=1) @ encode_words(model, words).T):
-        best = cosines.topk(min(5, len(words)))
-        lines = [f"{words[i]} {value:.2f}" for value, i in zip(best.values.tolist(), best.indices.tolist())]
-        print(f"{sample.path.name}: {', '.join(lines)}")
-        picture = data.read_picture(sample.path, TILE)
-        drawing.append([tile(picture, sample.path.stem), words_tile("\n\n".join(lines), "S*")])
-    save_sheets(drawing, args.output / "s-star")
-
-
-def load_columns(args: argparse.Namespace) -> list[tuple[str, PromptSG, argparse.Namespace]]:
-    """Figure 4's models, each with its name and its settings: CLIP as the first run found it, and the runs."""
-    columns = []
-    for run in args.figure_4:
-        own = argparse.Namespace(**vars(args))
-        own.checkpoint = run / "last.pt" if run.is_dir() else run
-        model, settings = evaluate.load_run(own)
-        if not columns:
-            original = build_model(argparse.Namespace(**{**settings, "baseline": True}), 1).to(args.device).eval()
-            columns.append(("original", original, argparse.Namespace(**{**vars(own), "prompt": "simplified"})))
-        columns.append((run.name if run.is_dir() else f"{run.parent.name}/{run.stem}", model, own))
-    return columns
-
-
-def choose_people(samples: list[data.Sample], count: int) -> list[data.Sample]:
-    """A picture each of so many people at random, of those who have several. ValueError if nobody has."""
-    rng, pictures = random.Random(0), defaultdict(list)
-    for sample in samples:
-        pictures[sample.pid].append(sample)
-    people = [pid for pid in sorted(pictures) if len(pictures[pid]) > 1]
+def choose_people(samples: list[data.Sample], pool: list[data.Sample], count: int) -> list[data.Sample]:
+    """Return the first image of `count` people, at even distances by identity, who have several images in `pool`."""
+    images, first = Counter(sample.pid for sample in pool), {sample.pid: sample for sample in reversed(samples)}
+    people = [first[pid] for pid in sorted(first) if images[pid] > 1]
     if not people:
-        raise ValueError("nobody in this dataset has several pictures, so there is nothing to compare")
-    return [rng.choice(pictures[pid]) for pid in rng.sample(people, min(count, len(people)))]
+        raise ValueError("nobody in this dataset has several images, so there is nothing to compare")
+    return spread(people, count)
 
 
-def draw_figure_4(args: argparse.Namespace) -> None:
-    """Figure 4: what each model knows the same people by, training people on the left and gallery people on the right.
+def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, caption: str) -> list[Tile]:
+    """Return the tiles of query q and of its best matches by their similarity (G,), without junk."""
+    query = dataset.query[q]
+    tiles = [Tile(data.read_image(query.path, TILE), f"query id {query.pid} c{query.camid} {caption}")]
+    for g in similarity.argsort(descending=True, stable=True).tolist():
+        sample = dataset.gallery[g]
+        if len(tiles) <= count and (sample.pid, sample.camid) != (query.pid, query.camid):
+            text = f"{len(tiles)}: id {sample.pid} c{sample.camid} {similarity[g]:.2f}"
+            tiles.append(Tile(data.read_image(sample.path, TILE), text, GREEN if sample.pid == query.pid else RED))
+    return tiles
 
-    On the demo, how much of it is on the person.
+
+def draw_matches(
+    dataset: data.Dataset, results: dict[str, dict], queries: list[int], count: int, path: Path, title: str
+) -> None:
+    """Draw the best matches of queries by the features of one or more results of `evaluate` (by caption)."""
+    groups = [
+        best_matches(dataset, q, result["query"][q] @ result["gallery"].T, count, caption)
+        for q in queries
+        for caption, result in results.items()
+    ]
+    scores = " and ".join(f"{caption} (mAP {result['mAP']:.1%})" for caption, result in results.items())
+    draw_sheet(groups, path, f"Best matches {scores}, {title}", MATCHES)
+
+
+def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
+    """Return the attention of a prompt on the patches of images (Figures 1 and 2): (N, M)."""
+    return map_images(model, paths, lambda images, _: model.attention_map(images, prompt)[:, 1:])
+
+
+def draw_attention(model: PromptSG, paths: list[Path], prompts: list[str], path: Path, title: str) -> None:
+    """Draw where prompts look in images and, for a ViT, transformer relevance."""
+    maps = {f"{prompt} prompt": attention(model, paths, prompt) for prompt in prompts}
+    if isinstance(model.clip.visual, clip.VisionTransformer):
+        maps["transformer relevance"] = map_images(
+            model, paths, lambda images, _: relevance(model, images, prompts[-1], similarity_to_prompt)[:, 1:]
+        )
+    images = [data.read_image(path, TILE) for path in paths]
+    groups = [
+        [Tile(image, path.stem), *(Tile(heat(image, maps[name][n], model.clip.grid), name) for name in maps)]
+        for n, (image, path) in enumerate(zip(images, paths))
+    ]
+    draw_sheet(groups, path, f"Where the prompts look, {title}", MAPS)
+
+
+def draw_figure_4(
+    columns: dict[str, tuple[PromptSG, str | None]], dataset: data.Dataset, count: int, workers: int, path: Path
+) -> None:
+    """Draw what models recognise the same people by (Figure 4): training people on the left, test people on the right.
+
+    columns: models and their prompts, by name.
     """
-    columns = load_columns(args)
-    dataset = data.load_dataset(columns[0][2].dataset, args.data_root)
     test = dataset.query + dataset.gallery
-    known = {sample.pid for sample in dataset.query}  # the gallery may hold distractors
-    gallery = [sample for sample in dataset.gallery if sample.pid in known]
     halves = []
-    for name, candidates, pool in (("training", dataset.train, dataset.train), ("gallery", gallery, test)):
-        samples = choose_people(candidates, (args.count + 1) // 2)
-        pictures = [data.read_picture(sample.path, TILE) for sample in samples]
-        half = [[tile(picture, f"{name} person")] for picture in pictures]
-        for column, model, own in columns:
-            for row, picture, patches in zip(half, pictures, identity_relevance(model, samples, pool, own)):
-                row.append(tile(heat(picture, patches.view(model.clip.grid)), column))
+    for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
+        samples = choose_people(candidates, pool, (count + 1) // 2)
+        images = [data.read_image(sample.path, TILE) for sample in samples]
+        half = [[Tile(image, f"{subset} person {sample.pid}")] for image, sample in zip(images, samples)]
+        for name, (model, prompt) in columns.items():
+            maps = identity_relevance(model, samples, pool, prompt, workers)
+            for group, image, patches in zip(half, images, maps):
+                group.append(Tile(heat(image, patches, model.clip.grid), name))
         halves.append(half)
-    print(f"{len(halves[0])} training people and {len(halves[1])} gallery people, chosen at random (seed 0)")
-    save_sheets([left + right for left, right in zip(*halves)], args.output / "figure-4")
-    for column, model, own in columns if dataset.name == "synthetic" else []:
-        inside = person_shares(dataset, dataset.query, model.clip.grid).to(args.device)
-        share, peak = inside_and_peak(identity_relevance(model, dataset.query, test, own), inside)
-        print(describe_inside(f"relevance on the person, {column}", share, peak, inside))
+    title = f"Relevance for the similarity to the same person's other images: {', '.join(columns)}"
+    draw_sheet([left + right for left, right in zip(*halves)], path, title, MAPS)
+    for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
+        inside = person_shares(dataset, dataset.query, model.clip.grid)
+        maps = identity_relevance(model, dataset.query, test, prompt, workers)
+        print(f"relevance on the person, {name}: {describe_inside(maps, inside)}")
 
 
-def find_pictures(paths: list[Path]) -> list[data.Sample]:
-    """Picture files, and all those below folders, as `find_readable` finds them, of nobody by no camera."""
-    return [data.Sample(file, data.JUNK, 0) for file in find_readable(paths)]
-
-
-# -------------------------------------------------------------------------------------------- the script
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a script that uses a run, or CLIP before any training."""
-    add = parser.add_argument
-    add("--backbone", choices=BACKBONES, help="in place of a run: this CLIP before any training")
-    add("--clip-weights", metavar="PATH", help="of --backbone, as train.py's (downloaded on first use)")
-    evaluate.add_checkpoint_flags(parser)
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """ValueError for an impossible device, or for two models."""
-    machine.check_machine_flags(args)
-    if args.backbone and args.checkpoint:
-        raise ValueError("--checkpoint is a run, --backbone a CLIP before any training: give one of them")
-    if args.clip_weights and not args.backbone:
-        raise ValueError("--clip-weights are those of --backbone: give it, too")
-
-
-def load_model(args: argparse.Namespace) -> tuple[PromptSG, dict]:
-    """As `evaluate.load_run`. CLIP before any training is the baseline's model, whose features are v."""
-    if not args.backbone:
-        return evaluate.load_run(args)
-    start = train.parse_args(["--backbone", args.backbone, "--baseline"])
-    start.clip_weights = args.clip_weights
-    args.image_size, args.prompt, args.dataset = tuple(start.image_size), "simplified", args.dataset or start.dataset
-    print(f"{args.backbone}, before any training")
-    return build_model(start, num_identities=1).to(args.device).eval(), vars(start)
+# ------------------------------------------------------------------------------------------------------ script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Every setting and its meaning."""
-    parser = machine.make_parser("-m extras.look", "Draw what a trained PromptSG sees.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--before-after", action="store_true", help="best matches before and after training")
+    what.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="attention in own images, files or folders"
+    )
+    what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance of directories or checkpoints")
     add = parser.add_argument
-    add("--images", type=machine.path, nargs="+", metavar="PATH", help="your own pictures, files or folders (queries)")
-    add("--figure-4", type=machine.path, nargs="+", metavar="RUN", help="what runs, folders or files, know people by")
-    add("--words", nargs="+", metavar="WORDS", help='where words are, as in "A photo of a person with WORDS"')
-    add("--s-star", nargs="*", metavar="WORDS", help="which words S* is nearest to (of colours and clothes)")
-    add("--output", type=machine.path, default=Path("look"), metavar="DIR", help="folder of the drawings (look)")
-    add("--count", type=int, default=8, metavar="N", help="how many queries, or people, to draw (8)")
-    add("--queries", choices=("worst", "random"), default="worst", help="which queries to draw (worst)")
-    add("--rerank", action="store_true", help="rank with k-reciprocal re-ranking")
-    add_model_flags(parser)
-    return parser.parse_args(argv)
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """ValueError, in one line and before any work, for an impossible device, number or combination."""
-    check_model_flags(args)
-    if args.backbone and not args.words:
-        raise ValueError("--backbone is CLIP before any training, which has only --words to look for: give them")
+    add("--count", type=int, default=8, help="number of queries, images or people to draw (default: 8)")
+    add("--queries", choices=ORDERS, default="spread", help="which queries, by their AP (default: spread)")
+    add("--output", type=Path, default=Path("look"), help="directory of the sheets (default: look)")
+    add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
+    add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
+    add("--dataset", choices=data.FOLDERS, help="dataset (default: the one trained on)")
+    add("--data-root", default="data", help="directory of the datasets (default: data)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
+    args = parser.parse_args(argv)
+    unused = ("checkpoint", "queries") if args.figure_4 else ("prompt", "dataset", "data_root", "queries")
+    for name in unused if args.figure_4 or args.images else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect here: drop it")
     if args.count < 1:
-        raise ValueError("--count must be at least 1")
-    if sum(map(bool, (args.figure_4, args.words, args.s_star is not None))) > 1:
-        raise ValueError("--figure-4, --words and --s-star are drawings of their own: give one of them")
-    if args.figure_4 and (args.images or args.checkpoint):
-        raise ValueError("--figure-4 names its runs and takes people of their dataset: drop --images and --checkpoint")
-    if args.rerank and (args.images or args.figure_4 or args.words or args.s_star is not None):
-        raise ValueError("--rerank is for the ranked lists of a dataset's queries: drop it")
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a file: give the name of a folder")
-    words = [*(args.words or ()), *(args.s_star or ())]
-    if not all(map(str.strip, words)):
-        raise ValueError("--words and --s-star take words, and one of them is empty")
-    clip.tokenize([demo.sentence(word) for word in words])  # ValueError if they are too many
-
-
-def look_at_dataset(model: PromptSG, settings: dict, args: argparse.Namespace) -> None:
-    """Ranked lists and attention maps of some queries; on the demo, how much of the attention is on the person."""
-    dataset = data.load_dataset(args.dataset, args.data_root)
-    result = evaluate.score(model, dataset, args.prompt, args)
-    query, gallery = result["query"], result["gallery"]
-    similarities = k_reciprocal(query, gallery) if args.rerank else lambda begin, end: query[begin:end] @ gallery.T
-    ap = evaluate.metrics_of(query, gallery, dataset, similarities)["ap"]
-    queries = choose_queries(ap, args.queries, args.count)
-    draw_ranked_lists(dataset, similarities, queries, args.output / "ranked")
-    if model.interaction:
-        draw_attention(model, [dataset.query[q] for q in queries], args)
-    if model.interaction and dataset.name == "synthetic":
-        untrained = build_model(argparse.Namespace(**settings), dataset.num_identities).to(args.device).eval()
-        print_attention_inside({"untrained": untrained, "trained": model}, dataset, args)
-
-
-def look_at_words(model: PromptSG, args: argparse.Namespace) -> None:
-    """--words or --s-star, of --images or of some queries of the dataset, chosen at random."""
-    if args.s_star is not None and not model.inversion:
-        raise ValueError("--s-star needs the inversion network, and this model was trained without one")
-    if args.images:
-        samples = find_pictures(args.images)
-    else:
-        query = data.load_dataset(args.dataset, args.data_root).query
-        samples = random.Random(0).sample(query, min(args.count, len(query)))
-    (draw_words if args.words else draw_pseudo_words)(model, samples, args)
+        parser.error("--count must be at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_args(args)
+    device = setup(args.device)
+    workers = default_workers(device)
     if args.figure_4:
-        return draw_figure_4(args)
-    model, settings = load_model(args)
-    if args.words or args.s_star is not None:
-        look_at_words(model, args)
-    elif not args.images:
-        look_at_dataset(model, settings, args)
-    elif model.interaction:
-        draw_attention(model, find_pictures(args.images), args)
-    else:
-        raise ValueError("--images shows the interaction module's attention, and this model was trained without one")
+        columns = {}
+        for run in args.figure_4:
+            model, state = load_run(run / "last.pt" if run.is_dir() else run, device)
+            if not columns:  # CLIP as the first run found it
+                original = before_training(state, interaction=False, inversion=False).to(device)
+                columns["original"] = original, "simplified"
+                dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root)
+            columns[str(run)] = model, args.prompt
+        draw_figure_4(columns, dataset, args.count, workers, args.output / "figure-4.jpg")
+        return
+
+    path = args.checkpoint or checkpoint.newest()
+    model, state = load_run(path, device)
+    title = f"{path}, epoch {state['epoch']}"
+    prompts = ["simplified", "composed"] if model.inversion else ["simplified"]
+    if args.images:
+        if not model.interaction:
+            raise ValueError("--images shows the attention of the interaction module, which this model does not have")
+        found = data.find_images(args.images)
+        paths = found[: args.count]
+        if len(found) > len(paths):
+            print(f"{len(found)} images, of which the first {len(paths)} are drawn: --count draws more")
+        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
+        return
+
+    dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root, ("query", "gallery"))
+    start = before_training(state).to(device) if args.before_after or dataset.name == "synthetic" else None
+    result = evaluate.evaluate(model, dataset, args.prompt, workers)
+    queries = choose_queries(result["ap"], args.queries, args.count)
+    title += f", {dataset.name}, queries {ORDERS[args.queries]}"
+    caption = f"{args.prompt or model.default_prompt} prompt"
+    if args.before_after:
+        before = evaluate.evaluate(start, dataset, "none", workers)
+        results = {"before training": before, f"after training, {caption}": result}
+        draw_matches(dataset, results, queries, 5, args.output / "before-after.jpg", title)
+        return
+    draw_matches(dataset, {caption: result}, queries, 10, args.output / "matches.jpg", title)
+    if model.interaction:
+        paths = [dataset.query[q].path for q in queries]
+        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
+    if model.interaction and dataset.name == "synthetic":
+        inside = person_shares(dataset, dataset.query, model.clip.grid)
+        for name, compared in (("untrained", start), ("trained", model)):
+            for prompt in prompts:
+                maps = attention(compared, [sample.path for sample in dataset.query], prompt)
+                print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, inside)}")
 
 
 if __name__ == "__main__":
-    machine.exit_on_error(main)
+    run_script(main)

@@ -1,94 +1,133 @@
-"""Finds people in your own pictures by a picture, by words, or by both; or writes the features of all of them.
+"""Find people in your own images: by an image, by words, or by both.
 
-python -m extras.search --images folder --query one.jpg
+python -m extras.search --images folder --query one.jpg two.jpg
 python -m extras.search --images folder --words "a person with red top, a bag"
 python -m extras.search --images folder --query one.jpg --words "a person with green top"
-python -m extras.search --images folder --features features.npz
 
-With --backbone it searches by CLIP alone, before any training.
+Images are compared by their retrieval features. With words they are compared by CLIP's embedding v, because the
+features of texts lie in its space only.
 """
 
 import argparse
-import functools
-import re
+import os
+import sys
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import clip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python extras/search.py` works too
+
 import data
 import evaluate
-from extras import look
-from extras.look import TILE, tile
-from util import machine
-from util.run import write_arrays
+from extras.look import TILE, Tile, draw_sheet, load_run
+from model import PromptSG
+from util import checkpoint
+from util.device import default_workers, run_script, setup
 
 
-def draw_search(head: list[Tensor], samples: list[data.Sample], similarity: Tensor, stem: Path) -> None:
-    """Prints the ten best matches of similarity (N,), and draws them behind the tiles of the query."""
-    tiles = list(head)
-    for value, n in zip(*(column.tolist() for column in similarity.topk(min(10, len(similarity))))):
-        print(f"{value:.3f}  {samples[n].path}")
-        tiles.append(tile(data.read_picture(samples[n].path, TILE), f"{samples[n].path.stem}: {value:.2f}"))
-    look.save_sheets([tiles], stem)
+def search(
+    model: PromptSG,
+    images: list[Path],
+    queries: list[Path],
+    words: str | None = None,
+    prompt: str | None = None,
+    count: int = 10,
+    workers: int = 0,
+) -> list[dict]:
+    """Return the best matches of each query among images, or those of the words if there is no query.
+
+    A query with words is the mean of v and T("A photo of WORDS"). The file of a query is not among its own matches.
+
+    Returns for each query {"query": path or None, "words": words, "matches": [{"rank", "similarity", "path"}, ...]}.
+    Raises OSError if a query, or all of the images, cannot be read.
+    """
+    space = "none" if words else prompt
+    features = evaluate.extract(model, queries, space)  # (Q, D)
+    if words:
+        text = model.encode_text([f"A photo of {words}"]).cpu()  # (1, D)
+        features = F.normalize(features + text, dim=1) if queries else text
+    images = list({os.path.realpath(path): path for path in images}.values())  # each file once
+    candidates, images = extract_readable(model, images, space, workers)  # (N, D)
+    results = []
+    for query, similarity in zip(queries or [None], features @ candidates.T):
+        order = similarity.argsort(descending=True, stable=True).tolist()
+        found = [n for n in order if query is None or not os.path.samefile(images[n], query)]
+        matches = [
+            {"rank": rank, "similarity": similarity[n].item(), "path": str(images[n])}
+            for rank, n in enumerate(found[:count], 1)
+        ]
+        results.append({"query": query and str(query), "words": words, "matches": matches})
+    return results
 
 
-def sentence(words: str) -> str:
-    """What the text encoder reads of --words."""
-    return f"A photo of {words}"
+def extract_readable(model: PromptSG, paths: list[Path], space: str, workers: int) -> tuple[Tensor, list[Path]]:
+    """Return the features of the images that can be read, and their paths. Print how many are skipped."""
+    try:
+        return evaluate.extract(model, paths, space, workers=workers), paths
+    except OSError:
+        readable, errors = [], []
+        for path in paths:
+            try:
+                data.open_image(path)
+                readable.append(path)
+            except OSError as error:
+                errors.append(error)
+        if not readable:
+            raise
+        print(f"{len(errors)} of {len(paths)} images skipped: {errors[0]}{', ...' if len(errors) > 1 else ''}")
+        return evaluate.extract(model, readable, space, workers=workers), readable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Every setting and its meaning."""
-    parser = machine.make_parser("-m extras.search", "Find people in your own pictures.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=machine.path, nargs="+", metavar="PATH", required=True, help="files or folders to search in")
-    add("--query", type=machine.path, metavar="PICTURE", help="print and draw the ten most like this one")
-    add("--words", help='the same by words, as in "A photo of WORDS"; with --query, by both')
-    add("--features", type=machine.path, metavar="FILE.npz", help="write the names and features of all of them there")
-    look.add_model_flags(parser)
-    return parser.parse_args(argv)
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """ValueError or FileNotFoundError, in one line and before any work, for impossible combinations."""
-    look.check_model_flags(args)
-    if args.words is not None:
-        if not args.words.strip():
-            raise ValueError("--words is empty: say what to search for")
-        clip.tokenize(sentence(args.words))  # ValueError if it is too long
-    if not (args.query or args.words or args.features):
-        raise ValueError("nothing to do: give --query PICTURE, --words WORDS or --features FILE.npz")
-    machine.check_output("--features", args.features, ".npz")
+    add("--images", type=Path, nargs="+", metavar="PATH", required=True, help="files, or folders with subfolders")
+    add("--query", type=Path, nargs="+", metavar="IMAGE", default=[], help="images to search for")
+    add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
+    add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
+    add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
+    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet of matches (default: search.jpg)")
+    add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
+    add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
+    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
+    args = parser.parse_args(argv)
+    if not args.query and not (args.words or "").strip():
+        parser.error("nothing to search for: give --query IMAGE or --words WORDS")
+    if args.words and args.prompt:
+        parser.error("--prompt has no effect on words, which are compared by v: drop it")
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_args(args)
-    samples = look.find_pictures(args.images)
-    model, _ = look.load_model(args)
-    is_of_v = args.words or args.backbone
-    print("space: CLIP's joint space, v" if is_of_v else f"space: retrieval features, BN(z), {args.prompt} prompt")
-    embed = functools.partial(model.embed, prompt="none" if is_of_v else args.prompt)
+    device = setup(args.device)
+    workers = default_workers(device) if args.workers is None else args.workers
+    images = data.find_images(args.images)
+    path = args.checkpoint or checkpoint.newest()
+    model, _ = load_run(path, device)
+    results = search(model, images, args.query, args.words, args.prompt, args.count, workers)
 
-    query = [data.Sample(args.query, data.JUNK, 0)] if args.query else []
-    queries, features = evaluate.extract(embed, query + samples, args).split([len(query), len(samples)])
-    if args.features:
-        names = [str(sample.path) for sample in samples]
-        write_arrays({"images_names": names, "images_features": features.cpu().numpy()}, args.features)
-    head = [tile(data.read_picture(sample.path, TILE), "query") for sample in query]
-    if args.words:
-        text = look.encode_sentences(model, [sentence(args.words)])
-        queries = torch.cat([queries, text])
-        head.append(look.words_tile(args.words, "query"))
-        print(f"words: {sentence(args.words)}")
-    if head:
-        names = [args.query.stem if args.query else "", re.sub(r"\W+", "-", args.words or "")[:40]]
-        similarity = features @ F.normalize(queries.mean(dim=0), dim=0)  # by both: tests/words.py finds the mean better
-        draw_search(head, samples, similarity, Path("-".join(["search", *filter(None, names)])))
+    space = "none" if args.words else args.prompt or model.default_prompt
+    groups = []
+    for result in results:
+        query = result["query"]
+        print("matches of " + " and ".join(filter(None, (query and data.printable(query), args.words))))
+        group = [Tile(data.read_image(query, TILE), f"query: {Path(query).name}")] if query else []
+        for match in result["matches"]:
+            print(f"{match['rank']:4d}  {match['similarity']:.3f}  {data.printable(match['path'])}")
+            caption = f"{match['rank']}: {match['similarity']:.2f} {Path(match['path']).name}"
+            group.append(Tile(data.read_image(match["path"], TILE), caption))
+        groups.append(group)
+    words = f' for "{args.words}"' if args.words else ""
+    draw_sheet(groups, args.output, f"Best matches{words}, {path}, prompt {space}", {})
+    if args.json:
+        about = {"checkpoint": str(path), "prompt": space, "image_size": list(model.image_size)}
+        checkpoint.write_json({**about, "results": results}, args.json)
 
 
 if __name__ == "__main__":
-    machine.exit_on_error(main)
+    run_script(main)
