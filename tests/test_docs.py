@@ -69,14 +69,14 @@ def test_flags_and_names_exist():
     sources = [path for path in ROOT.glob("**/*.py") if path.parent.name != "tests"]
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', path.read_text())}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known | NOT_OURS
-    for flag in ("--baseline", "--without-i2t", "--without-t2i", "--without-interaction", "--train-prompt", "--blocks 1"):
-        assert any(flag in command for command in commands()), f"no command for the row of {flag}"
-    for name in set(re.findall(r"`((?:clip|data|evaluate|losses|model|train)\.(?!py\b)\w[\w.]*)`", TEXT)):
+    for row in ["--baseline", "--without-i2t", "--without-t2i", "--without-interaction", "--train-prompt", "--blocks"]:
+        assert any(row in command for command in commands()), f"no command for the row with {row}"
+    for name in set(re.findall(r"`((?:clip|data|evaluate|losses|model|train)\.(?!py\b|safetensors)\w[\w.]*)`", TEXT)):
         thing = importlib.import_module(name.split(".")[0])
         for attribute in name.split(".")[1:]:
             assert hasattr(thing, attribute), f"a page names {name}, which does not exist"
             thing = getattr(thing, attribute)
-    for path in re.findall(r"`((?:tests|util|extras|experiments|demo)/[\w./]*)`", TEXT):
+    for path in re.findall(r"`((?:tests|util|extras|experiments|demo)/[\w/]+\.\w+)`", TEXT):
         assert (ROOT / path).exists(), path
 
 
@@ -110,10 +110,7 @@ def test_python_blocks_run(page, trained, tmp_path, monkeypatch):
     if "model.pt2" in "".join(blocks):
         output_of("extras/export.py", "--checkpoint runs/synthetic-tiny/last.pt --output model.pt2", tmp_path)
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks:
-        if not block.startswith("# onnx"):
-            exec(compile(block, page.name, "exec"), names)
+    exec(compile("\n".join(block for block in blocks if not block.startswith("# onnx")), page.name, "exec"), {})
 
 
 def test_pages_are_short_and_say_who_needs_them():
