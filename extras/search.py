@@ -65,18 +65,20 @@ def extract_readable(model: PromptSG, paths: list[Path], space: str, workers: in
     """Return the features of the images that can be read, and their paths. Print how many are skipped."""
     try:
         return evaluate.extract(model, paths, space, workers=workers), paths
-    except OSError:
-        readable, errors = [], []
-        for path in paths:
-            try:
-                data.open_image(path)
-                readable.append(path)
-            except OSError as error:
-                errors.append(error)
+    except OSError as error:
+        readable = list(filter(is_readable, paths))
         if not readable:
             raise
-        print(f"{len(errors)} of {len(paths)} images skipped: {errors[0]}{', ...' if len(errors) > 1 else ''}")
+        print(f"{len(paths) - len(readable)} of {len(paths)} images are skipped: {error}"[:200])
         return evaluate.extract(model, readable, space, workers=workers), readable
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        data.open_image(path)
+        return True
+    except OSError:
+        return False
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,11 +89,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
     add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
     add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
-    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet of matches (default: search.jpg)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jpg",
+        default=Path("search.jpg"),
+        help="sheet (default: search.jpg)",
+    )
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
-    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
     args = parser.parse_args(argv)
     if not args.query and not (args.words or "").strip():
         parser.error("nothing to search for: give --query IMAGE or --words WORDS")
@@ -99,17 +106,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt has no effect on words, which are compared by v: drop it")
     if args.count < 1:
         parser.error("--count must be at least 1")
+    for file, suffix in ((args.json, ".json"), (args.output, ".jpg")):
+        if file and (file.suffix != suffix or not file.parent.is_dir()):
+            parser.error(f"cannot write {file}: give a name that ends in {suffix}, in a directory that exists")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = setup(args.device)
-    workers = default_workers(device) if args.workers is None else args.workers
     images = data.find_images(args.images)
     path = args.checkpoint or checkpoint.newest()
     model, _ = load_run(path, device)
-    results = search(model, images, args.query, args.words, args.prompt, args.count, workers)
+    results = search(model, images, args.query, args.words, args.prompt, args.count, default_workers(device))
 
     space = "none" if args.words else args.prompt or model.default_prompt
     groups = []
