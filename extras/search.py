@@ -9,6 +9,7 @@ features of texts lie in its space only.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -52,10 +53,10 @@ def search(
     results = []
     for query, similarity in zip(queries or [None], features @ candidates.T):
         order = similarity.argsort(descending=True, stable=True).tolist()
-        found = [n for n in order if query is None or not os.path.samefile(images[n], query)]
+        found = (n for n in order if query is None or not os.path.samefile(images[n], query))
         matches = [
             {"rank": rank, "similarity": similarity[n].item(), "path": str(images[n])}
-            for rank, n in enumerate(found[:count], 1)
+            for rank, n in enumerate(itertools.islice(found, count), 1)
         ]
         results.append({"query": query and str(query), "words": words, "matches": matches})
     return results
@@ -65,12 +66,13 @@ def extract_readable(model: PromptSG, paths: list[Path], space: str, workers: in
     """Return the features of the images that can be read, and their paths. Print how many are skipped."""
     try:
         return evaluate.extract(model, paths, space, workers=workers), paths
-    except OSError as error:
-        readable = list(filter(is_readable, paths))
-        if not readable:
+    except OSError:
+        broken = [path for path in paths if not is_readable(path)]
+        if len(broken) == len(paths):
             raise
-        print(f"{len(paths) - len(readable)} of {len(paths)} images are skipped: {error}"[:200])
-        return evaluate.extract(model, readable, space, workers=workers), readable
+        print(f"unreadable: {data.count_skipped(broken)}")
+        paths = [path for path in paths if path not in broken]
+        return evaluate.extract(model, paths, space, workers=workers), paths
 
 
 def is_readable(path: Path) -> bool:
@@ -89,18 +91,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
     add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
     add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE.jpg",
-        default=Path("search.jpg"),
-        help="sheet (default: search.jpg)",
-    )
+    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet (default: search.jpg)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
     args = parser.parse_args(argv)
-    if not args.query and not (args.words or "").strip():
+    args.words = args.words and args.words.strip()
+    if not (args.query or args.words):
         parser.error("nothing to search for: give --query IMAGE or --words WORDS")
     if args.words and args.prompt:
         parser.error("--prompt has no effect on words, which are compared by v: drop it")

@@ -23,13 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from util.machine import show_progress  # noqa: E402
+
 import clip  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from model import PromptSG  # noqa: E402
-from util.machine import show_progress  # noqa: E402
 from util.rerank import k_reciprocal  # noqa: E402
 
 CUDA = torch.cuda.is_available()

@@ -70,10 +70,9 @@ def test_relevance_follows_its_definition(make_model, images, ablations):
         R = R + (A * gradient).clamp(min=0)[0].mean(dim=0) @ R
     if model.interaction:
         steps = 1e-5 * torch.eye(9, dtype=torch.double)
-        similarity = [
-            F.cosine_similarity(pool(a + step), text) - F.cosine_similarity(pool(a - step), text) for step in steps
-        ]
-        R = R + torch.diag((a[0] * torch.cat(similarity) / 2e-5).clamp(min=0)) @ R
+        similarity = [F.cosine_similarity(pool(a + sign * step), text) for step in steps for sign in (-1, 1)]
+        gradient = torch.cat(similarity).view(9, 2).diff(dim=1)[:, 0] / 2e-5
+        R = R + torch.diag((a[0] * gradient).clamp(min=0)) @ R
     expected = (R - torch.eye(9)).mean(dim=0) if model.interaction else (R - torch.eye(9))[0]
     found = look.relevance(model, images, "simplified", look.similarity_to_prompt)
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-8)
@@ -100,21 +99,18 @@ def test_people_are_recognised_by_their_other_images(make_model, dataset):
         others = [other.path for other in pool if other.pid == sample.pid and other != sample]
         mean = evaluate.extract(model, others).mean(dim=0)
         image = clip.normalize(data.read_image(sample.path, (64, 32))[None])
-        expected = look.relevance(model, image, None, lambda v, z, l: F.normalize(model.bnneck(z), dim=1) @ mean)
+        expected = look.relevance(model, image, None, lambda v, z, l, m=mean: F.normalize(model.bnneck(z), dim=1) @ m)
         torch.testing.assert_close(patches.flatten(), expected[0, 1:], rtol=1e-3, atol=1e-6)
 
 
 def test_attention_on_the_person_is_measured(dataset):
+    """An even map lies on the person by its area, a map of the image's centre nearly all, one of a corner not at all."""
     even = torch.ones(len(dataset.query), 16, 8)
-    area = float(re.search(r"the person covers (.*)%", look.describe_inside(even, dataset))[1])
-    assert 10 < area < 60 and look.describe_inside(even, dataset).startswith(f"{area}% of it")
-    centre, border = torch.zeros_like(even), torch.zeros_like(even)
-    centre[:, 7, 4], border[:, 0, 0] = 1, 1
-    assert "its peak in 0.0% of the images" in look.describe_inside(border, dataset)
-    share, peak = map(
-        float, re.match(r"(.*)% of it, its peak in (.*)% of", look.describe_inside(centre, dataset)).groups()
-    )
-    assert share > 80 and peak > 80
+    centre, corner = torch.zeros_like(even), torch.zeros_like(even)
+    centre[:, 7, 4], corner[:, 0, 0] = 1, 1
+    found = [re.findall(r"([\d.]+)%", look.describe_inside(maps, dataset)) for maps in (even, centre, corner)]
+    (share, _, area), (most, peak, _), nothing = (list(map(float, numbers)) for numbers in found)
+    assert share == area and 10 < area < 60 and min(most, peak) > 80 and nothing == [0, 0, area]
 
 
 # --------------------------------------------------------------------------------------------------- sheets
@@ -127,9 +123,7 @@ def test_a_map_is_drawn_where_it_is():
     assert drawn.shape == look.TILE and drawn[-30:, -30:].mean() > 2 * drawn[:75].mean()
 
 
-@pytest.mark.parametrize(
-    "text", ["1: id 1234567 c12 0.99", "a" * 200, "3: 0.87 " + "name_" * 30, "ß" * 40 + " " + "W" * 40]
-)
+@pytest.mark.parametrize("text", ["1: id 1234567 c12 0.99", "a" * 200, "3: 0.87 " + "name_" * 30, "W" * 50])
 def test_captions_wrap_and_end_with_an_ellipsis_when_too_long(text):
     font = ImageFont.load_default(13)
     lines = look.wrap(text, font, 104, 3).split("\n")
@@ -155,9 +149,8 @@ def test_best_matches_are_framed_and_numbered_without_junk(dataset):
     first, *tiles = look.best_matches(dataset, 5, similarity, 10, "before training")
     right = sum(s.pid == query.pid and s.camid != query.camid for s in dataset.gallery)
     assert [tile.frame for tile in tiles] == [look.GREEN] * right + [look.RED] * (10 - right)
-    assert first.caption == f"query id {query.pid} c{query.camid} before training" and tiles[0].caption.startswith(
-        "1: id"
-    )
+    assert first.caption == f"query id {query.pid} c{query.camid} before training"
+    assert tiles[0].caption.startswith(f"1: id {query.pid} c")
 
 
 def test_queries_and_people_are_chosen_by_rule(dataset):
@@ -216,10 +209,8 @@ def test_search(trained, folder, tmp_path, by):
     text = model.encode_text("A photo of a person with red top")[0]
     wanted = {"image": features[0], "words": text, "both": F.normalize(features[0] + text, dim=0)}[by]
     similarity = dict(zip(map(str, paths), (features[1:] @ wanted).tolist()))
-    flags = [
-        *(["--query", query] if by != "words" else []),
-        *(["--words", "a person with red top"] if by != "image" else []),
-    ]
+    by_image, by_words = ["--query", query], ["--words", "a person with red top"]
+    flags = {"image": by_image, "words": by_words, "both": by_image + by_words}[by]
     files = ["--json", tmp_path / "found.json", "--output", tmp_path / "found.jpg"]
     text = output_of("extras/search.py", "--images", trained, folder, folder / "sub", *flags, *files)
     result = json.loads((tmp_path / "found.json").read_text())
@@ -229,7 +220,7 @@ def test_search(trained, folder, tmp_path, by):
     assert [match["rank"] for match in matches] == list(range(1, 1 + len(expected)))
     assert [m["similarity"] for m in matches] == pytest.approx([similarity[path] for path in expected], abs=1e-4)
     assert result["prompt"] == ("composed" if by == "image" else "none")
-    assert "1 of 7 images are skipped: cannot read image" in text and r"\udcb5" in text
+    assert "unreadable: 1 file skipped (first: broken.jpg)" in text and r"\udcb5" in text
     assert re.search(r"^ +1  -?\d\.\d{3}  \S+\.jpg$", text, re.MULTILINE) and (tmp_path / "found.jpg").exists()
 
 
@@ -242,7 +233,7 @@ def test_search_by_several_images(make_model, folder):
         search.search(model, paths, [folder / "broken.jpg"])
 
 
-@pytest.mark.parametrize("ablations", [{}, {"blocks": 0}, {"inversion": False}, {"interaction": False}])
+@pytest.mark.parametrize("ablations", [{}, {"interaction": False}])
 def test_the_exported_model_is_the_model(make_model, tmp_path, capsys, ablations):
     model = make_model(**ablations).eval()
     model.bnneck.running_mean.normal_()

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import clip
-import data
 import losses
 import train
 from model import COMPOSED_PROMPT, SIMPLIFIED_PROMPT, InteractionModule, PromptSG, count_learnable, tokenize_composed
