@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
             caption = f"{match['rank']}: {match['similarity']:.2f} {Path(match['path']).name}"
             group.append(Tile(data.read_image(match["path"], TILE), caption))
         groups.append(group)
-    words = f' for "{args.words}"' if args.words else ""
-    draw_sheet(groups, args.output, f"Best matches{words}, {path}, prompt {space}", {})
+    words, space_name = (f' for "{args.words}"', "CLIP's v") if args.words else ("", f"{space} prompt")
+    draw_sheet(groups, args.output, f"Best matches{words}: {path}, {space_name}", {})
     if args.json:
         about = {"checkpoint": str(path), "prompt": space, "image_size": list(model.image_size)}
         checkpoint.write_json({**about, "results": results}, args.json)

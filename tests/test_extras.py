@@ -38,24 +38,17 @@ def all_attention(model: PromptSG) -> list[clip.Attention]:
 # ------------------------------------------------------------------------------------------------ relevance
 
 
-def test_a_kept_attention_map_is_what_is_computed(make_model, images):
-    model = make_model().eval()
-    expected = model.embed(images)
-    for layer in all_attention(model):
-        layer.keep_probabilities = True
-    torch.testing.assert_close(model.embed(images), expected, atol=1e-5, rtol=1e-5)
-    for layer in all_attention(model):
-        assert layer.probabilities.shape == (8, 2, 9, 9) and layer.probabilities.requires_grad
-        torch.testing.assert_close(layer.probabilities.sum(dim=-1), torch.ones(8, 2, 9))
-
-
 @pytest.mark.parametrize("ablations", [{"blocks": 0}, {"interaction": False, "inversion": False}])
 def test_relevance_follows_its_definition(make_model, images, ablations):
-    """Chefer's rule; the gradient of the cross-attention map is taken by finite differences."""
+    """Chefer's rule; the gradient of the cross-attention map is taken by finite differences.
+
+    Attention layers that keep their probabilities compute the same as others.
+    """
     model, images = make_model(**ablations).double().eval(), images[:1].double()
-    text, layers = model.simplified_text, all_attention(model)
+    text, layers, expected = model.simplified_text, all_attention(model), model.embed(images)
     for layer in layers:
         layer.keep_probabilities = True
+    torch.testing.assert_close(model.embed(images), expected)
     tokens = model.clip.encode_image(images).tokens
 
     def pool(a):
@@ -82,7 +75,6 @@ def test_relevance_leaves_the_model_as_it_was(make_model, images):
     model = make_model().eval()
     found = look.relevance(model, images, "composed", look.similarity_to_prompt)
     assert found.shape == (8, 9) and found.isfinite().all() and (found >= 0).all()
-    assert all(p.grad is None for p in model.parameters())
     assert not any(layer.keep_probabilities or hasattr(layer, "probabilities") for layer in all_attention(model))
     resnet = PromptSG(clip.untrained("RN50", (64, 32)), 2).eval()
     with pytest.raises(ValueError, match="this model's visual encoder is a ResNet"):
@@ -104,7 +96,7 @@ def test_people_are_recognised_by_their_other_images(make_model, dataset):
 
 
 def test_attention_on_the_person_is_measured(dataset):
-    """An even map lies on the person by its area, a map of the image's centre nearly all, one of a corner not at all."""
+    """An even map is on the person by its area, one of the image's centre nearly always, one of a corner never."""
     even = torch.ones(len(dataset.query), 16, 8)
     centre, corner = torch.zeros_like(even), torch.zeros_like(even)
     centre[:, 7, 4], corner[:, 0, 0] = 1, 1
@@ -117,10 +109,9 @@ def test_attention_on_the_person_is_measured(dataset):
 
 
 def test_a_map_is_drawn_where_it_is():
-    values = torch.zeros(4, 2)
-    values[3, 1] = 1.0
+    values = torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 1]])
     drawn = look.heat(torch.full((3, *look.TILE), 100, dtype=torch.uint8), values).float().mean(dim=0)
-    assert drawn.shape == look.TILE and drawn[-30:, -30:].mean() > 2 * drawn[:75].mean()
+    assert drawn[-30:, -30:].mean() > 2 * drawn[:75].mean()
 
 
 @pytest.mark.parametrize("text", ["1: id 1234567 c12 0.99", "a" * 200, "3: 0.87 " + "name_" * 30, "W" * 50])
@@ -165,10 +156,17 @@ def test_queries_and_people_are_chosen_by_rule(dataset):
 # -------------------------------------------------------------------------------------------------- scripts
 
 
-def test_look_draws_queries_and_measures(trained, tmp_path):
+def test_look(trained, tmp_path):
     text = output_of("extras/look.py", "--count 3 --device cpu --output", trained, tmp_path / "new")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"matches.jpg", "attention.jpg"}
     assert len(re.findall(r"attention on the person, (?:un)?trained, \w+ prompt: \d+\.\d% of it", text)) == 4
+    text = output_of("extras/look.py", "--images data/synthetic/query --count 2 --output", trained, tmp_path)
+    assert "24 images, of which the first 2 are drawn" in text and (tmp_path / "attention.jpg").exists()
+    text = output_of(
+        "extras/look.py", f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --count 4 --output", trained, tmp_path
+    )
+    for name in ("original", "runs/synthetic-tiny", CHECKPOINT):
+        assert f"relevance on the person, {name}: " in text and (tmp_path / "figure-4.jpg").exists()
 
 
 def test_before_after_starts_from_the_clip_before_training(trained, tmp_path, dataset):
@@ -177,15 +175,6 @@ def test_before_after_starts_from_the_clip_before_training(trained, tmp_path, da
     assert before["mAP"] == pytest.approx(state["log"][0]["mAP"], abs=1e-6)
     output_of("extras/look.py", "--before-after --count 2 --device cpu --output", trained, tmp_path)
     assert Image.open(tmp_path / "before-after.jpg").width > 1200  # before and after side by side
-
-
-def test_look_at_own_images_and_at_several_runs(trained, tmp_path):
-    text = output_of("extras/look.py", "--images data/synthetic/query --count 2 --output", trained, tmp_path)
-    assert "24 images, of which the first 2 are drawn" in text and (tmp_path / "attention.jpg").exists()
-    arguments = f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --count 4 --output"
-    text = output_of("extras/look.py", arguments, trained, tmp_path)
-    for name in ("original", "runs/synthetic-tiny", CHECKPOINT):
-        assert re.search(rf"relevance on the person, {name}: \d+\.\d% of it, its peak in", text)
 
 
 @pytest.fixture
@@ -227,8 +216,7 @@ def test_search(trained, folder, tmp_path, by):
 def test_search_by_several_images(make_model, folder):
     model, paths = make_model().eval(), sorted((folder / "sub").iterdir())
     results = search.search(model, paths, paths[:2], count=3)
-    assert [result["query"] for result in results] == list(map(str, paths[:2]))
-    assert all(len(result["matches"]) == 3 for result in results)
+    assert [(result["query"], len(result["matches"])) for result in results] == [(str(path), 3) for path in paths[:2]]
     with pytest.raises(OSError, match="broken.jpg"):  # a query is not skipped
         search.search(model, paths, [folder / "broken.jpg"])
 
@@ -252,15 +240,10 @@ def test_the_exported_model_is_the_model(make_model, tmp_path, capsys, ablations
     "script, flags, message",
     [
         ("search", "--images data", "give --query IMAGE or --words WORDS"),
-        ("search", "--images nothing --words top", "nothing"),
         ("search", "--images data --words top --prompt simplified", "--prompt has no effect"),
-        ("search", "--images data --words top --json found.txt", "ends in .json"),
-        ("look", "--figure-4 nothing", "no checkpoint nothing"),
         ("look", "--figure-4 runs/synthetic-tiny --queries worst", "--queries has no effect here"),
         ("look", "--images data --dataset market1501", "--dataset has no effect here"),
-        ("look", "--count 0", "--count must be at least 1"),
         ("export", "--output model.pt", "ends in .pt2"),
-        ("export", "--checkpoint nothing/last.pt", "no checkpoint nothing/last.pt"),
     ],
 )
 def test_mistakes_are_one_line(trained, script, flags, message):
