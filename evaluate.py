@@ -20,6 +20,7 @@ import data
 from model import PromptSG, restore_model
 from util import checkpoint
 from util.device import default_workers, gather, rank, run_script, setup, show_progress, world_size
+from util.pairs import compare_pairs, describe_pairs
 from util.rerank import k_reciprocal
 
 METRICS = ("mAP", "rank1", "rank5", "rank10")
@@ -148,13 +149,16 @@ def rank_metrics(
     return {"mAP": ap.nanmean().item(), "cmc": cmc.cpu(), "ap": ap.cpu()}
 
 
+def labels(dataset: data.Dataset, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return query_ids (Q,), gallery_ids (G,), query_cams (Q,), gallery_cams (G,)."""
+    rows = [[(sample.pid, sample.camid) for sample in samples] for samples in (dataset.query, dataset.gallery)]
+    (query_ids, query_cams), (gallery_ids, gallery_cams) = (torch.tensor(row, device=device).T for row in rows)
+    return query_ids.contiguous(), gallery_ids.contiguous(), query_cams, gallery_cams
+
+
 def rank_dataset(dataset: data.Dataset, query: Tensor, gallery: Tensor, similarities: Callable | None = None) -> dict:
     """Return `rank_metrics` of the features of a dataset, with rank1, rank5, rank10 and queries_skipped (a count)."""
-    (query_ids, query_cams), (gallery_ids, gallery_cams) = (
-        torch.tensor([(sample.pid, sample.camid) for sample in samples], device=query.device).T.contiguous()
-        for samples in (dataset.query, dataset.gallery)
-    )
-    metrics = rank_metrics(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, similarities)
+    metrics = rank_metrics(query, gallery, *labels(dataset, query.device), similarities)
     cmc = metrics["cmc"]
     ranks = {f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}
     return {**metrics, **ranks, "queries_skipped": int(metrics["ap"].isnan().sum())}
@@ -199,7 +203,9 @@ def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Te
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python evaluate.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
@@ -246,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     result = {**features, **rank_dataset(dataset, query, gallery)}
     print(f"{name}, {prompt} prompt: {describe(result)}")
     report = {key: result[key] for key in (*METRICS, "images_per_second", "queries_skipped")}
+    report["pairs"] = compare_pairs(query, gallery, *labels(dataset, query.device))
+    print(describe_pairs(report["pairs"]))
     report |= {"dataset": name, "dataset_version": dataset.version, "trained_on": trained_on, **space}
     if args.json:
         checkpoint.write_json(report, args.json)

@@ -1,5 +1,7 @@
 """PromptSG (Yang et al., CVPR 2024): section 4 of the paper, in the order of the paper.
 
+Where the paper leaves a choice, docs/choices.md gives the readings and what was measured.
+
 Symbols: B images in a batch, M patches, D joint embedding of CLIP, T width of CLIP's token embeddings, L tokens of a
 prompt, K identities.
 """
@@ -60,12 +62,16 @@ class InteractionModule(nn.Module):
         return (torch.einsum("bd,bnd->bn", Q, K) / D**0.5).softmax(dim=1)
 
     def aggregate(self, attention: Tensor, tokens: Tensor) -> Tensor:
-        """Re-weight the tokens X (B, 1 + M, D) by an attention map (B, 1 + M); return z (B, D)."""
+        """Re-weight the tokens X (B, 1 + M, D) by an attention map (B, 1 + M); return z (B, D).
+
+        Eq. 7 gives one row per image, Figure 3 a matrix Z. We follow Figure 3; the factor N = 1 + M makes the mean of
+        Z over the tokens equal to Eq. 7.
+        """
         N = tokens.shape[1]
         V = self.value(tokens)  # (B, 1 + M, D)
-        Z = N * attention.unsqueeze(2) * V  # (B, 1 + M, D), the shape in Figure 3; its mean over the tokens is Eq. 7
-        # Pre-norm removes each token's scale, so a_i reaches z through the residual path only.
-        return self.blocks(Z).mean(dim=1)
+        Z = N * attention.unsqueeze(2) * V  # (B, 1 + M, D)
+        # The first LayerNorm removes each token's scale: its attention weight enters through the residual only.
+        return self.blocks(Z).mean(dim=1)  # (B, D)
 
     def forward(self, text: Tensor, tokens: Tensor) -> Tensor:
         """Text embedding l (B or 1, D), image tokens X (B, 1 + M, D) -> representation z (B, D)."""
@@ -75,7 +81,8 @@ class InteractionModule(nn.Module):
 class Output(NamedTuple):
     """Inputs of the losses for one training batch."""
 
-    triplet_features: list[Tensor]  # z (B, D) and the encoder's last three states; without the module z is the last
+    # z (B, D) and CLIP-ReID's three states of the encoder: of its last two layers (B, width), and v (B, D)
+    triplet_features: list[Tensor]
     logits: Tensor  # (B, K)
     image: Tensor  # (B, D) global visual embedding v
     text: Tensor  # (B, D) text embedding l of each image's prompt
@@ -131,11 +138,13 @@ class PromptSG(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
         composed = tokenize_composed(composed_prompt)
-        has_clips_words = self.clip.token_embedding.num_embeddings == tokenizer().size
-        if not has_clips_words or len(self.clip.positional_embedding) < composed.shape[1]:
-            raise ValueError("this CLIP has another vocabulary than OpenAI's, or reads too few tokens for the prompt")
+        num_words, num_positions = self.clip.token_embedding.num_embeddings, len(self.clip.positional_embedding)
+        if num_words != tokenizer().size:
+            raise ValueError(f"this CLIP knows {num_words} tokens, not OpenAI's {tokenizer().size}: use other weights")
+        if num_positions < composed.shape[1]:
+            raise ValueError(f"the prompt has {composed.shape[1]} tokens, CLIP reads {num_positions}: shorten it")
         self.register_buffer("composed_ids", composed, persistent=False)  # (1, L), L = 8
-        with torch.no_grad():  # the text encoder is frozen, so this feature is constant
+        with torch.no_grad():  # the text encoder is frozen, so this embedding is constant
             self.register_buffer("simplified_text", self.clip.encode_text(tokenize(SIMPLIFIED_PROMPT)))  # (1, D)
 
     @classmethod
@@ -148,8 +157,8 @@ class PromptSG(nn.Module):
         """CLIP's own tau of Eq. 1, frozen with it: 0.01 in OpenAI's weights."""
         return 1 / self.clip.logit_scale.exp().item()
 
-    def compose(self, image: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """Return l = T("A photo of a S* person"), S* = f(v), for visual embeddings (B, D): (B, D), not normalised.
+    def compose(self, v: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Return the text embeddings l of "A photo of a S* person", S* = f(v): v (B, D) -> (B, D), not normalised.
 
         The gradient passes through the frozen text encoder to S* and the inversion network.
 
@@ -158,9 +167,9 @@ class PromptSG(nn.Module):
         """
         ids = self.composed_ids if token_ids is None else token_ids  # (1, L)
         words = self.clip.token_embedding(ids.clamp(min=0))  # (1, L, T)
-        pseudo_word = self.inversion(image).unsqueeze(1).to(words.dtype)  # (B, 1, T)
+        pseudo_word = self.inversion(v).unsqueeze(1).to(words.dtype)  # (B, 1, T)
         words = torch.where((ids == S_STAR).unsqueeze(2), pseudo_word, words)  # (B, L, T)
-        return self.clip.encode_embeddings(words, ids.argmax(dim=1).expand(len(image)))
+        return self.clip.encode_embeddings(words, ids.argmax(dim=1).expand(len(v)))
 
     def forward(self, images: Tensor) -> Output:
         """Normalised images (B, 3, H, W) -> inputs of the losses. Prompts are composed if there is a network for S*."""
@@ -177,10 +186,10 @@ class PromptSG(nn.Module):
         return self.interaction(text, tokens) if self.interaction else tokens[:, 0]
 
     def embed(self, images: Tensor, prompt: str | None = None) -> Tensor:
-        """Return retrieval features of normalised images (B, 3, H, W): (B, D), of length 1. Call it in eval mode.
+        """Return retrieval features of normalised images (B, 3, H, W): (B, D), L2-normalised. Call it in eval mode.
 
         Args:
-            prompt: "composed", "simplified" (faster: its text feature is constant), "none" (CLIP's own embedding v
+            prompt: "composed", "simplified" (faster: its text embedding is constant), "none" (CLIP's own embedding v
                 instead of BN(z)), or None for the prompt trained with.
 
         Raises ValueError for another prompt, or for "composed" without an inversion network.
@@ -192,7 +201,7 @@ class PromptSG(nn.Module):
         return F.normalize(self.bnneck(self.interact(features.tokens, text)), dim=1)
 
     def encode_text(self, texts: str | list[str]) -> Tensor:
-        """Return the features of texts: (N, D), of length 1, in the space of `embed` with prompt "none".
+        """Return the features of texts: (N, D), L2-normalised, in the space of `embed` with prompt "none".
 
         Raises ValueError if a text is too long for CLIP.
         """
@@ -201,25 +210,25 @@ class PromptSG(nn.Module):
             return F.normalize(self.clip.encode_text(ids), dim=1)
 
     def attention_map(self, images: Tensor, prompt: str | None = None) -> Tensor:
-        """Return where the prompt looks (Figures 1, 2): normalised images (B, 3, H, W) -> (B, 1 + M), of sum 1."""
+        """Return the cross-attention weights of Eq. 7 for normalised images (B, 3, H, W): (B, 1 + M), of sum 1."""
         features = self.clip.encode_image(images)
         return self.interaction.attention_map(self.text_feature(features.embedding, prompt), features.tokens)
 
-    def text_feature(self, image: Tensor, prompt: str | None) -> Tensor:
-        """Return the text embedding for visual embeddings (B, D): (B, D), or (1, D) for the simplified prompt."""
+    def text_feature(self, v: Tensor, prompt: str | None) -> Tensor:
+        """Return the text embeddings l for visual embeddings v (B, D): (B, D), or (1, D) for the simplified prompt."""
         prompt = prompt or self.default_prompt
         if prompt not in ("composed", "simplified"):
             raise ValueError(f"prompt {prompt!r} does not exist: use 'composed', 'simplified' or 'none'")
         if prompt == "composed" and self.inversion is None:
             raise ValueError("this model was trained without an inversion network: use the simplified prompt")
         if prompt == "composed" and self.interaction:  # without the module, no text is used
-            return self.compose(image)
+            return self.compose(v)
         return self.simplified_text
 
     def parameter_groups(self, visual_lr: float, new_lr: float) -> list[dict]:
-        """Return the learnable parameters for an optimizer: CLIP's visual encoder, and the new modules."""
+        """Return the learnable parameters for an optimizer: CLIP's visual encoder, and all others."""
         visual = list(self.clip.visual.parameters())
-        new = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("clip.")]
+        new = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("clip.visual.")]
         return [{"params": visual, "lr": visual_lr}, {"params": new, "lr": new_lr}]
 
 
@@ -233,7 +242,7 @@ def tokenize_composed(prompt: str) -> Tensor:
         raise ValueError(f"the composed prompt {prompt!r} must contain S* once, as a word of its own")
     before = tokenizer().encode(" ".join(words[: words.index("S*")]))
     ids = tokenize(" ".join("x" if word == "S*" else word for word in words))  # "x" is one token
-    ids[0, 1 + len(before)] = S_STAR  # after the start token and the tokens of "A photo of a"
+    ids[0, 1 + len(before)] = S_STAR  # after the start token and the words before S*
     return ids[:, : ids.argmax() + 1]  # the end token has the highest id
 
 
@@ -245,14 +254,17 @@ def count_learnable(model: nn.Module) -> int:
 def restore_model(state: dict) -> PromptSG:
     """Return the model of a checkpoint loaded by `checkpoint.load`, in eval mode, without any download.
 
-    CLIP's sizes are read off the weights. Raises ValueError if the weights do not fit the saved arguments.
+    CLIP's sizes are read off the weights. Raises ValueError if the weights do not fit model_args.
     """
     weights = state["model"]
     clip_weights = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
     try:
-        clip_model = CLIP(**read_sizes(clip_weights), image_size=tuple(state["args"]["image_size"]))
-        model = PromptSG(clip_model, **state["model_args"])
+        sizes = read_sizes(clip_weights)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"the checkpoint's weights are not those of a CLIP ({one_line(error)})") from error
+    model = PromptSG(CLIP(**sizes, image_size=tuple(state["args"]["image_size"])), **state["model_args"])
+    try:
         model.load_state_dict(weights)
-    except (AttributeError, KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
-        raise ValueError(f"the checkpoint's weights do not fit its settings ({one_line(error)})") from error
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights do not fit its model_args ({one_line(error)})") from error
     return model.eval()

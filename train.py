@@ -4,9 +4,10 @@ python train.py --dataset msmt17 --backbone vit         the paper's run
 python train.py --dataset synthetic --backbone tiny     the demo: no data, no download, no GPU
 torchrun --nproc_per_node 4 train.py ...                several GPUs, which share each batch
 
-A run is a directory with last.pt, log.jsonl (one line per epoch), args.json and curves.png. It is
-saved and resumed between epochs. All randomness is derived from the seed and the epoch, so a resumed
-run equals an uninterrupted one.
+A run is a directory with last.pt, log.jsonl (one line per epoch), args.json and curves.png. After
+Ctrl-C, kill or a crash, the same command with --resume continues it after the last saved epoch. All
+randomness is derived from the seed and the epoch, so a resumed run equals an uninterrupted one, bit
+for bit (on CUDA with --deterministic).
 """
 
 import argparse
@@ -40,12 +41,14 @@ from util.device import (
 
 CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": (128, 64)}
-# Flags that may differ when a run is resumed, because they do not change the method.
-FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "epochs", "eval_every")
+# Flags that may differ when a run is resumed: where it runs, how long, how often it is evaluated.
+FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "compile", "epochs", "eval_every")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--dataset", choices=data.FOLDERS, default="market1501", help="dataset to train on (default: market1501)")
     add("--data-root", default="data", help="directory of the datasets (default: data)")
@@ -73,10 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
     add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
 
-    add = parser.add_argument_group("our choice, because the paper gives no value").add_argument
-    add("--temperature", type=float, help="tau in Eqs. 5 and 6 (default: CLIP's own)")
+    add = parser.add_argument_group("not in the paper: our choice (docs/choices.md)").add_argument
+    add("--temperature", type=float, help="tau in Eqs. 5 and 6 (default: CLIP's own, 0.01 in OpenAI's weights)")
     add("--margin", type=float, default=0.3, help="triplet margin m in Eq. 9 (default: 0.3)")
-    add("--label-smoothing", type=float, default=0.1, help="label smoothing in Eq. 8 (default: 0.1)")
+    add("--label-smoothing", type=float, default=0.1, help="label smoothing of the ID loss (default: 0.1)")
     add("--weight-decay", type=float, default=1e-4, help="weight decay of Adam (default: 1e-4)")
 
     add = parser.add_argument_group("rows of Tables 2 to 5").add_argument
@@ -84,8 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--without-i2t", action="store_true", help="Table 3 b: no image-to-text SupCon loss")
     add("--without-t2i", action="store_true", help="Table 3 c: no text-to-image SupCon loss")
     add("--without-interaction", action="store_true", help="Table 3 d, Table 5 row 1: no interaction module")
-    add("--train-prompt", choices=("composed", "simplified"), default="composed", help="Table 4 (default: composed)")
-    add("--blocks", type=int, choices=(0, 1, 2), default=2, help="Table 5: transformer blocks (default: 2)")
+    prompts = ("composed", "simplified")
+    add("--train-prompt", choices=prompts, default="composed", help="Table 4: training prompt (default: composed)")
+    add("--blocks", type=int, choices=(0, 1, 2), default=2, help="Table 5: blocks of the module (default: 2)")
 
     args = parser.parse_args(argv)
     if args.backbone == "tiny":
@@ -95,8 +99,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.output = args.output or f"runs/{args.dataset}-{args.backbone}"
     if min(args.batch_ids, args.batch_images) < 2:
         parser.error("--batch-ids and --batch-images must be at least 2: a triplet needs two identities of two images")
-    if args.epochs < 1:
-        parser.error("--epochs must be at least 1")
+    if min(args.epochs, args.decay_every) < 1:
+        parser.error("--epochs and --decay-every must be at least 1")
+    if args.backbone == "tiny" and args.clip_weights not in (None, "random"):
+        parser.error("--backbone tiny has its own weights: drop --clip-weights, or give random")
     if any(side < 16 or side % 16 for side in args.image_size):
         parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
     try:
@@ -113,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = args.precision or default_precision(device)
     workers = default_workers(device) if args.workers is None else args.workers
     if device.type == "cpu" and args.backbone != "tiny":
-        print("no GPU: this will take days")
+        print("no GPU: this will take days (the demo: --dataset synthetic --backbone tiny)")
     if not args.resume:
         checkpoint.refuse_taken(folder)
 
@@ -157,14 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device, memory_format=torch.channels_last)
     print(f"{count_learnable(model) / 1e6:.1f}M learnable parameters; {args.backbone} on {device}, {precision}")
 
-    # SupCon (Eqs. 4 to 6): temperature and directions. Without composed prompts there is none (Table 4).
-    temperature = args.temperature or model.temperature
-    dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}
+    # SupCon (Eqs. 4 to 6): temperature and directions. Training with the simplified prompt has no SupCon (Table 4).
+    temperature = model.temperature if args.temperature is None else args.temperature
+    dropped = {"i2t": args.without_i2t, "t2i": args.without_t2i}  # Table 3 b and c
     directions = [name for name in dropped if model.inversion and not dropped[name]]
 
     # Optimizer (section 5.1): Adam with two learning rates, multiplied by 0.1 every 20 epochs.
     groups = model.parameter_groups(args.lr_visual, args.lr_new)
-    fused = device.type in ("cpu", "cuda", "mps", "xpu")
+    fused = device.type in ("cpu", "cuda", "mps", "xpu")  # where torch has a fused Adam
     optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=fused)
     scheduler = StepLR(optimizer, args.decay_every, args.decay_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -191,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(first_epoch, args.epochs + 1):
         model.train()
         sampler.set_epoch(epoch)
-        torch.manual_seed(1000 * args.seed + epoch)  # for dropout, should a model have it
-        history = []  # the terms of each step; they stay on the device until they are needed
+        torch.manual_seed(1000 * args.seed + epoch)  # unused so far; resuming stays exact if you add dropout
+        history = []  # the terms of each step, kept on the device to avoid a synchronisation at every step
         start = time.perf_counter()
 
         for step, (images, labels) in enumerate(loader, 1):
@@ -203,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
                 output = forward(images)
             output, labels = gather(output), gather(labels)
 
-            # Losses.
+            # Losses. The triplet loss is summed over z and three states of the encoder (section 4.3).
             triplet = sum(losses.triplet_loss(x, labels, args.margin) for x in output.triplet_features)  # Eq. 9
             identity = losses.identity_loss(output.logits, labels, args.label_smoothing)  # Eq. 8
             supcon = losses.supcon_loss(output.image, output.text, labels, temperature, directions)  # Eqs. 4-6
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             scaler.step(optimizer)
             scaler.update()
 
-            # Terms. One that is added here appears in the printed line, in log.jsonl and in the curves.
+            # Terms, for the printed line and log.jsonl. Those named loss* are drawn in curves.png too.
             accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
             terms = dict(loss=loss, loss_triplet=triplet, loss_id=identity, loss_supcon=supcon, accuracy=accuracy)
             history.append(torch.stack([term.detach() for term in terms.values()]))
@@ -231,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         log.append({"epoch": epoch, **means, "lr": lr, "seconds": seconds, "images_per_second": speed})
         scheduler.step()
         line = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items())
-        left = (args.epochs - epoch) * seconds / 60
-        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left:.0f} min left")
+        left = f"{round((args.epochs - epoch) * seconds / 60, 1):g} min left"
+        print(f"epoch {epoch}/{args.epochs}  {line}  {speed:.0f} images/s  {left}")
 
         # Evaluate before saving, so that a checkpoint never lacks the result of its own epoch.
         is_last = epoch == args.epochs
@@ -242,21 +248,24 @@ def main(argv: list[str] | None = None) -> None:
             print(f"epoch {epoch}, {model.default_prompt} prompt: {evaluate.describe(result)}")
             log[-1] |= {"mAP": result["mAP"], "rank1": result["rank1"]}
 
-        # Save evaluated epochs, the last one, and at least once a minute.
+        # Save after an evaluation, after the last epoch, and if the last save is over a minute old.
+        checkpoint.write_log(log, folder / "log.jsonl")
         if is_last or is_evaluated or time.monotonic() - saved_at > 60:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"epoch": epoch, "log": log, "train_digest": digest}
             state |= {"args": settings, "model_args": model.model_args}
             checkpoint.save(state, folder / "last.pt")  # to a temporary file, then renamed
             saved_at = time.monotonic()
-        checkpoint.write_log(log, folder / "log.jsonl")
 
-    # Summary.
+    # Summary, with the other prompt of section 4.3.
     if rank() == 0:
         draw_curves(log, folder / "curves.png")
     print(f"training time (Table 6): {sum(record.get('seconds', 0) for record in log):.0f} s, without evaluation")
-    if "mAP" in log[0] and "mAP" in log[-1]:
-        print(f"mAP {log[0]['mAP']:.1%} (CLIP before training) -> {log[-1]['mAP']:.1%}")
+    if args.eval_every and "mAP" in log[0] and "mAP" in log[-1]:
+        line = f"mAP {log[0]['mAP']:.1%} (CLIP before training) -> {log[-1]['mAP']:.1%} {model.default_prompt}"
+        if model.default_prompt == "composed":
+            line += f", {evaluate.evaluate(model, dataset, 'simplified', workers)['mAP']:.1%} simplified"
+        print(line)
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
         print(f"peak GPU memory: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
@@ -269,7 +278,10 @@ def check_finite(history: torch.Tensor, names: list[str], epoch: int) -> None:
     if not finite.all():
         step = finite.all(dim=1).tolist().index(False)
         bad = ", ".join(name for name, is_finite in zip(names, finite[step]) if not is_finite)
-        raise ValueError(f"{bad} not finite in epoch {epoch}, step {step + 1}: lower --lr-visual and --lr-new")
+        raise ValueError(
+            f"{bad} not finite in epoch {epoch}, step {step + 1}: start a new run with lower --lr-visual and --lr-new, "
+            "or with another --precision than fp16"
+        )
 
 
 if __name__ == "__main__":

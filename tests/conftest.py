@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if not any("test_cuda" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, on a GPU machine too
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` works as well as `python -m pytest`

@@ -1,197 +1,249 @@
-"""What only a GPU can show, in under three minutes on one: python -m pytest tests/test_cuda.py -s
+"""What only a GPU can show: python -m pytest tests/test_cuda.py. Without CUDA, only the second half runs."""
 
-Skipped without CUDA. What of it can be tried without stands at the end and always runs.
-"""
+import os
+import subprocess
+import sys
 
-import argparse
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the process's first matrix product
 
-import pytest
-import torch
-from conftest import FLAGS, output_of, refused, run
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from conftest import FLAGS, ROOT, output_of, refused, run  # noqa: E402
 
-import clip
-import data
-import evaluate
-import losses
-import train
-from extras.export import ImageToFeature, export
-from model import PromptSG
-from util import machine
+import clip  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from model import PromptSG  # noqa: E402
+from util import checkpoint, device  # noqa: E402
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def new_run(backbone: str, flags: str) -> train.Run:
-    """A run of ViT-B/16, RN50 or the tiny CLIP with random weights, as train.py makes it."""
-    args = train.parse_args([*flags.split(), "--image-size", "256", "128"])
-    train.check_args(args)
-    torch.manual_seed(0)
-    model = PromptSG(clip.untrained(backbone), 16).train()
-    return train.Run(model.to(args.device, memory_format=torch.channels_last), args)
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_CUDA = FLAGS.replace("--device cpu", "--device cuda")
+RANDOM = "--dataset synthetic --clip-weights random --eval-every 0 --epochs 1"
+needs_cuda = pytest.mark.skipif(HERE == "cpu", reason="needs a GPU")
 
 
-def batch_of(pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randint(
-        0, 256, (pictures, 3, 256, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    return images, torch.arange(pictures) // 4
+@pytest.fixture(autouse=True)
+def restore():
+    """Switch off what a test or a failing test switched on."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    if HERE == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
 
 
-@needs_cuda
-@pytest.mark.parametrize("flags", ["--precision bf16", "--precision fp16", "--precision bf16 --compile"])
-@pytest.mark.parametrize("backbone", ["ViT-B/16", "RN50"])
-def test_steps_are_finite_and_change_the_weights(backbone, flags):
-    if "bf16" in flags and machine.best_cuda_precision() != "bf16":
-        pytest.skip("this GPU has no bf16")
-    torch.cuda.reset_peak_memory_stats()
-    run_of = new_run(backbone, flags)
-    before = run_of.model.interaction.value.weight.detach().clone()
-    batch = batch_of(64)
-    rows = torch.stack([train.update(run_of, *batch) for _ in range(4)])  # fp16: the scaler may skip the first
-    assert rows.isfinite().all() and rows[-1, 0] < rows[0, 0]
-    assert not torch.equal(run_of.model.interaction.value.weight, before)
-    name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-    print(f"\n{backbone}, {flags}, batch 64 on {name}: peak memory {peak:.1f} GiB")
+@pytest.fixture
+def shallow(monkeypatch):
+    """ViT-B/16 and RN50 of their own width but with few layers."""
+    for name, layers in {"ViT-B/16": 2, "RN50": (1, 1, 1, 1)}.items():
+        small = {**clip.ARCHITECTURES[name], "vision_layers": layers, "text_layers": 2}
+        monkeypatch.setitem(clip.ARCHITECTURES, name, small)
 
 
-@needs_cuda
-@pytest.mark.parametrize("backbone", ["ViT-B/16", "RN50"])
-def test_the_loss_is_the_cpus(backbone):
-    cpu, cuda = (
-        train.update(new_run(backbone, f"--device {d} --precision fp32"), *batch_of(8)) for d in ("cpu", "cuda")
-    )
-    torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-3, atol=1e-3)
+@pytest.fixture
+def checkpoints(monkeypatch) -> list[dict]:
+    """The checkpoints that a training would write; they stay in memory."""
+    states = []
+    monkeypatch.setattr(checkpoint, "save", lambda state, path: states.append(state))
+    return states
+
+
+def log_of(flags: str, folder, output: str = "run") -> list[dict]:
+    """Train, and return the log."""
+    train.main([*flags.split(), "--data-root", str(folder / "data"), "--output", str(folder / output)])
+    return list(map(checkpoint.json.loads, (folder / output / "log.jsonl").read_text().splitlines()))
+
+
+def train_briefly(monkeypatch, workplace, checkpoints, flags: str) -> None:
+    """Train for one epoch of two steps; the terms must be finite (train.py sees to it) and the weights change."""
+    before = {}
+
+    def remember(model):
+        before.update((name, x.detach().clone()) for name, x in model.named_parameters() if x.requires_grad)
+        return model
+
+    monkeypatch.setattr(train, "distribute", remember)
+    log = log_of(f"{RANDOM} --epochs 2 {flags}", workplace)
+    assert len(log) == 2
+    weights = checkpoints[-1]["model"]
+    assert all(weights[name].isfinite().all() for name in before)
+    unchanged = [name for name in before if torch.equal(weights[name], before[name])]
+    assert not unchanged
 
 
 @needs_cuda
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_no_step_waits_for_the_device(precision):
-    """Nor GradScaler: the fused Adam reads its flag on the device."""
-    run_of = new_run("ViT-B/16", f"--precision {precision}")
-    images, labels = (x.pin_memory() for x in batch_of(8))
-    train.update(run_of, images, labels)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train.update(run_of, images, labels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_training_is_finite_and_changes_the_weights(monkeypatch, workplace, checkpoints, backbone, precision):
+    train_briefly(monkeypatch, workplace, checkpoints, f"--backbone {backbone} --precision {precision}")
 
 
 @needs_cuda
-def test_resume_is_bit_for_bit_with_deterministic(workplace):
-    flags = FLAGS + " --deterministic --output"
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_compiled_training_is_finite_and_changes_the_weights(monkeypatch, workplace, checkpoints, shallow, backbone):
+    train_briefly(monkeypatch, workplace, checkpoints, f"--backbone {backbone} --compile")
+
+
+@needs_cuda
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_the_loss_is_the_cpus(workplace, checkpoints, shallow, backbone):
+    flags = f"{RANDOM} --backbone {backbone} --precision fp32 --image-size 64 32"
+    cpu, cuda = (log_of(f"{flags} --device {name}", workplace, name)[0] for name in ("cpu", "cuda"))
+    for term in ("loss", "loss_triplet", "loss_id", "loss_supcon"):
+        assert cuda[term] == pytest.approx(cpu[term], rel=1e-3, abs=1e-3), term
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_training_step_does_not_wait_for_the_device(monkeypatch, workplace, checkpoints, shallow, precision):
+    """From the forward pass of the second step to that of the third."""
+    modes = iter(["default", "error", *["default"] * 100])
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode(next(modes))
+        return device.autocast(*args)
+
+    monkeypatch.setattr(train, "autocast", watched)
+    log_of(f"{RANDOM} --backbone vit --batch-ids 4 --precision {precision}", workplace)
+    assert len(list(modes)) < 100  # at least three steps
+
+
+@needs_cuda
+def test_an_evaluation_batch_does_not_wait_for_the_device(monkeypatch, trained):
+    """From the end of the first batch to the end of the second; the copy to the CPU comes after the last."""
+    modes = iter(["error", *["default"] * 100])
+    monkeypatch.setattr(evaluate, "show_progress", lambda *args: torch.cuda.set_sync_debug_mode(next(modes)))
+    paths = [sample.path for sample in data.load_dataset("synthetic", trained / "data").query]
+    model = PromptSG.load(trained / "runs/synthetic-tiny/last.pt", "cuda")
+    assert len(evaluate.extract(model, paths, batch_size=4)) == len(paths) > 8
+
+
+@needs_cuda
+def test_a_resumed_run_is_equal_bit_for_bit_with_deterministic(workplace):
+    flags = ON_CUDA + " --deterministic --output"
     output_of("train.py", f"{flags} whole", workplace)
     output_of("train.py", f"{flags} parts --epochs 2", workplace)
     output_of("train.py", f"{flags} parts --resume", workplace)
-    torch.use_deterministic_algorithms(False)
-    whole, parts = (torch.load(workplace / name / "last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    whole, parts = (checkpoint.load(workplace / name / "last.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @needs_cuda
-def test_scores_and_features_are_the_cpus(workplace):
-    output_of("train.py", FLAGS, workplace)
-    args = evaluate.parse_args(["--precision", "fp32", "--checkpoint", str(workplace / "runs/synthetic-tiny/last.pt")])
-    results = []
-    for args.device in ("cpu", "cuda"):
-        machine.check_machine_flags(args)
-        model, _ = evaluate.load_run(args)
-        dataset = data.load_dataset("synthetic", workplace / "data")
-        results.append(evaluate.score(model, dataset, "composed", args))
-    torch.testing.assert_close(results[1]["query"].cpu(), results[0]["query"], atol=1e-3, rtol=0)
-    assert results[1]["mAP"] == pytest.approx(results[0]["mAP"], abs=5e-3)
+def test_features_and_metrics_are_the_cpus(trained):
+    dataset = data.load_dataset("synthetic", trained / "data")
+    path = trained / "runs/synthetic-tiny/last.pt"
+    cpu, cuda = (evaluate.evaluate(PromptSG.load(path, name), dataset) for name in ("cpu", "cuda"))
+    for subset in ("query", "gallery"):
+        torch.testing.assert_close(cuda[subset].cpu(), cpu[subset], atol=1e-3, rtol=0)
+    assert cuda["mAP"] == pytest.approx(cpu["mAP"], abs=5e-3)
 
 
 @needs_cuda
-def test_the_exported_model_runs_on_the_gpu(make_model, tmp_path):
-    """And, where there are two, on the other one."""
-    export(make_model().eval().to("cuda"), (64, 32), tmp_path / "model.pt2")
-    module = torch.export.load(tmp_path / "model.pt2").module()
-    other = f"cuda:{torch.cuda.device_count() - 1}"
-    assert module.to(other)(torch.zeros(3, 3, 64, 32, dtype=torch.uint8, device=other)).shape == (3, 128)
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_out_of_memory_is_one_line(workplace, trained, script):
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 30 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    evaluation = f"--checkpoint {trained}/runs/synthetic-tiny/last.pt --device cuda"
+    flags = {"train.py": ON_CUDA, "evaluate.py": evaluation}[script]
+    refused(run(script, flags, workplace), "out of GPU memory", {"train.py": "--batch-ids", "evaluate.py": ""}[script])
 
 
-# ------------------------------------------------------------------------------------------- without a GPU
-
-
-@pytest.mark.parametrize("config", ["ViT-B/16", "RN50"])
-def test_the_exported_graph_names_no_device(config):
-    """So that a file exported on cuda:0 runs on cuda:1: seen in the graph, sizes without numbers."""
-    small = dict(clip.ARCHITECTURES[config], vision_layers=1 if config == "ViT-B/16" else (1, 1, 1, 1), text_layers=1)
-    model = PromptSG(clip.CLIP(**small, image_size=(64, 32)), 4).eval()
-    images = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", max=2**16)
-    program = torch.export.export(ImageToFeature(model), (images,), dynamic_shapes=({0: batch},))
-    for node in program.graph.nodes:
-        assert "device" not in node.kwargs and "_assert_tensor_metadata" not in str(node.target), node
-
-
-@pytest.mark.parametrize("has_bf16, precision", [(True, "bf16"), (False, "fp16")])
-def test_the_precision_is_one_that_the_gpu_computes_in(monkeypatch, has_bf16, precision):
-    """A T4 would emulate bf16, slowly."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16
+@needs_cuda
+def test_the_exported_model_runs_on_the_gpu(trained, tmp_path):
+    """A file exported on the CPU; where there are two GPUs, on the second."""
+    path = trained / "runs/synthetic-tiny/last.pt"
+    output_of("extras/export.py", f"--checkpoint {path} --output {tmp_path}/model.pt2", tmp_path)
+    name = f"cuda:{torch.cuda.device_count() - 1}"
+    features = (
+        torch.export.load(tmp_path / "model.pt2")
+        .module()
+        .to(name)(torch.zeros(3, 3, 128, 64, dtype=torch.uint8, device=name))
     )
-    assert machine.best_cuda_precision() == precision
+    torch.testing.assert_close(features.norm(dim=1).cpu(), torch.ones(3))
 
 
-def test_the_device_becomes_the_current_one(monkeypatch):
-    """cuda:1's name, memory and clock, not cuda:0's."""
-    chosen = []
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in ("cuda:1", "cuda", "cpu"):
-        machine.check_device(argparse.Namespace(device=device))
-    assert chosen == [torch.device("cuda:1")]
+# ---------------------------------------------------------------------------- on the CPU, or on the GPU if there is one
 
 
-def test_a_batch_too_large_for_the_gpu_is_one_line(workplace, monkeypatch):
-    def full(*args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 MiB ...")
-
-    monkeypatch.setattr(losses, "triplet_loss", full)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7.5 * 2**30)
-    words = ("out of GPU memory, peak 7.5 GiB: a batch of 32 pictures", "--precision bf16", "--batch-ids", "the method")
-    refused(run("train.py", FLAGS, workplace), *words)
-
-
-def test_a_long_training_on_a_cpu_is_announced(workplace):
-    flags = "--dataset synthetic --backbone vit --clip-weights random --image-size 32 16 --batch-ids 2 --epochs 1"
-    printed = output_of("train.py", flags + " --batch-images 2 --steps 1 --eval-every 0 --device cpu", workplace)
-    assert "WARNING: training on a CPU, which will take about " in printed
-    (workplace / "runs/synthetic-vit/last.pt").unlink()  # 1.4 GB
+def test_tf32_is_off():
+    """Also where NVIDIA's containers switch it on. TF32 would be wrong by about 1e-2 here."""
+    code = (
+        "import torch; from util.device import setup; device = setup(); x = torch.rand(512, 512, device=device); "
+        "assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32; "
+        "assert (x @ x - (x.double() @ x.double())).abs().max() < 1e-3"
+    )
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
-def test_fp16_scales_its_loss_and_steps(make_model, labels):
-    """The scaler on the CPU, where fp16 autocast exists too: it unscales, and a step that overflows is skipped."""
-    args = train.parse_args(["--backbone", "tiny", "--device", "cpu", "--batch-ids", "4"])
-    train.check_args(args)
-    args.precision = "fp16"
-    run_of = train.Run(make_model().train(), args)
-    assert run_of.scaler.is_enabled() and run_of.scaler.get_scale() == 2**16
-    images = torch.randint(0, 256, (8, 3, 64, 32), dtype=torch.uint8)
-    before = run_of.model.interaction.value.weight.detach().clone()
-    rows = torch.stack([train.update(run_of, images, labels) for _ in range(8)])
-    assert rows.isfinite().all() and rows[-1, 0] < rows[0, 0]
-    assert not torch.equal(run_of.model.interaction.value.weight, before)
+def test_a_failing_compiler_is_one_line(workplace, tmp_path):
+    missing = {"CC": "/no/compiler", "CXX": "/no/compiler", "TRITON_CACHE_DIR": tmp_path, "PATH": "/nowhere"}
+    environment = {**os.environ, **missing, "TORCHINDUCTOR_CACHE_DIR": tmp_path}
+    command = [sys.executable, ROOT / "train.py", *FLAGS.split(), "--device", HERE, "--eval-every", "0"]
+    result = subprocess.run([*command, "--compile"], cwd=workplace, env=environment, capture_output=True, text=True)
+    refused(result, "--compile failed", "drop --compile")
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_memory_is_pinned_for_cuda_alone(monkeypatch, workplace, name):
+    pinned = []
+
+    class Loader(data.DataLoader):
+        def __init__(self, *args, pin_memory: bool, **settings):
+            pinned.append(pin_memory)
+            super().__init__(*args, pin_memory=pin_memory, **settings)
+
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    log_of(f"{FLAGS} --epochs 1 --device {name}", workplace)
+    assert len(pinned) > 1 and set(pinned) == {name == "cuda"}
+
+
+@pytest.mark.parametrize("own, other, precision", [(1, 1, "bf16"), (0, 0, "fp16"), (0, 1, "fp16"), (1, 0, "fp16")])
+def test_processes_agree_on_a_precision_that_all_gpus_compute_in(monkeypatch, own, other, precision):
+    """A T4 would emulate bf16, slowly."""
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or bool(own)
+
+    def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp) -> None:
+        assert op == dist.ReduceOp.MIN
+        tensor.clamp_(max=other)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(device, "world_size", lambda: 2)
+    assert device.default_precision(torch.device("cuda")) == precision
 
 
 @pytest.mark.parametrize(
-    "flag, words",
-    [("torchrun", "--compile does not go with torchrun"), ("no compiler", "--compile needs a C compiler")],
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 MiB ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
 )
-def test_compile_is_refused_where_it_cannot_work(monkeypatch, flag, words):
-    if flag == "torchrun":
-        monkeypatch.setattr(machine, "world_size", lambda: 2)
-    else:
-        monkeypatch.setenv("PATH", "")
-    args = train.parse_args(["--device", "cpu", "--compile"])
-    with pytest.raises(ValueError, match=words):
-        train.check_args(args)
+def test_out_of_memory_of_every_library_is_recognised(error):
+    message = device.describe_error(error, "use a smaller batch")
+    assert message.startswith("out of GPU memory") and message.endswith("use a smaller batch")
+    assert len(message.splitlines()) == 1
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3}, raising=False)
-    assert machine.count_cores() == 1
-    monkeypatch.delattr(machine.os, "sched_getaffinity")
-    assert machine.count_cores() == machine.os.cpu_count()
+def test_other_errors_of_cuda_keep_their_traceback():
+    assert device.describe_error(RuntimeError("CUDA error: an illegal memory access was encountered"), "") is None
+
+
+def test_loader_processes_are_as_many_as_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+    assert device.default_workers(torch.device("cuda")) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device.default_workers(torch.device("cuda")) == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert device.default_workers(torch.device("cuda")) == 8
+    assert device.default_workers(torch.device("cpu")) == 0

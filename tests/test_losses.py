@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 import losses
 
-# Numbers of positives: equal, unequal, an identity with a single picture, and only such.
+# Numbers of positives: equal, unequal, an identity with a single image, and only such.
 BATCHES = [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 2], [3, 1, 3, 3, 2, 1, 7, 3, 2], [4, 2, 0, 1, 3]]
 
 
@@ -87,7 +87,7 @@ def test_each_supcon_direction_reaches_image_and_text():
         assert v.grad.abs().min() > 0 and l.grad.abs().min() > 0
 
 
-def test_triplet_gradient_is_finite_where_pictures_coincide():
+def test_triplet_gradient_is_finite_where_images_coincide():
     f = torch.ones(4, 8, requires_grad=True)
     losses.triplet_loss(f, torch.tensor([0, 0, 1, 1])).backward()
     assert f.grad.isfinite().all()

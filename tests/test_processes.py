@@ -1,6 +1,6 @@
 """Several processes compute what one computes: gloo on the CPU, double precision.
 
-train.py takes a GPU for each process, and torch's SyncBatchNorm refuses CPUs. `on_cpus` replaces both, here alone.
+train.py needs a GPU for each process, because torch's SyncBatchNorm does not run on CPUs. `on_cpus` replaces it here.
 """
 
 import contextlib
@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from torch import Tensor, nn
 
 import clip
 import data
 import evaluate
 import train
-from util import machine
+from util import device
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -42,7 +41,7 @@ def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) 
     if not module.training:
         return type(module).forward(module, x)
     axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-    count = machine.world_size() * x.numel() // x.shape[1]
+    count = device.world_size() * x.numel() // x.shape[1]
     mean = SumOverProcesses.apply(x.sum(axes)) / count
     centred = x - mean.view(shape)
     variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
@@ -61,12 +60,13 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def on_cpus() -> None:
-    nn.SyncBatchNorm.convert_sync_batchnorm = convert
-    machine.require_gpus = lambda args: None
+    """Train on CPUs, which device.distribute refuses: DistributedDataParallel with the batch normalisation above."""
+    distributed = nn.parallel.DistributedDataParallel
+    train.distribute = lambda model: distributed(convert(model)) if device.world_size() > 1 else model
 
 
 def in_processes(count: int, work, *arguments) -> None:
-    """Runs work(number, *arguments) in so many processes as torchrun starts them; all must end well."""
+    """Run work(number, *arguments) in `count` processes as torchrun starts them; all must succeed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -91,10 +91,10 @@ def _one_process(number: int, count: int, port: int, work, arguments: tuple) -> 
 
 
 def train_in_double_precision(number: int, arguments: str, output) -> None:
-    """train.py, its model and pictures in float64."""
-    build, restore, normalize = train.build_model, train.restore_model, clip.normalize
-    train.build_model = lambda *args: build(*args).double()
-    train.restore_model = lambda checkpoint: restore(checkpoint).double()
+    """train.py, its model and images in float64."""
+    build, restore, normalize = train.PromptSG, train.restore_model, clip.normalize
+    train.PromptSG = lambda *args, **components: build(*args, **components).double()
+    train.restore_model = lambda state: restore(state).double()
     clip.normalize = lambda images: normalize(images).double()
     train.main([*arguments.split(), "--output", str(output)])
 
@@ -106,7 +106,7 @@ def result_of(output) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
 def assert_same(one, other, tolerance: float = 1e-8) -> None:
     for a, b in zip(one[0], other[0], strict=True):
-        for name in a.keys() - {"images_per_second", "dataset_version"}:
+        for name in a.keys() - {"seconds", "images_per_second"}:
             assert a[name] == pytest.approx(b[name], rel=0 if name in ("mAP", "rank1") else tolerance), name
     for name, tensor in one[1].items():
         torch.testing.assert_close(
@@ -114,67 +114,53 @@ def assert_same(one, other, tolerance: float = 1e-8) -> None:
         )
 
 
-FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --device cpu --batch-ids 8 --steps 3"
-FLAGS += " --image-size 64 32"
+# Two steps an epoch: of the 20 identities' groups, one of five images each, 8 make a batch.
+FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --image-size 64 32 --device cpu"
+FLAGS += " --batch-ids 8 --batch-images 5"
 
 
 @pytest.mark.parametrize("more", ["", "--baseline", "--without-interaction --without-t2i"])
 def test_two_processes_compute_what_one_does(demo_root, tmp_path, more):
-    """Three steps: the same losses and weights to 1e-8, the same scores exactly."""
+    """The same losses and weights to 1e-8, the same mAP exactly."""
     flags = f"{FLAGS} {more} --epochs 1 --eval-every 1 --data-root {demo_root}"
     for count in (1, 2):
         in_processes(count, train_in_double_precision, flags, tmp_path / str(count))
     one, two = (result_of(tmp_path / str(count)) for count in (1, 2))
     assert_same(one, two)
-    assert one[0][0]["mAP"] != one[0][1]["mAP"]  # three steps change something
+    assert one[0][0]["mAP"] != one[0][1]["mAP"]  # the steps change something
 
 
-def test_a_run_goes_on_with_another_number_of_processes(demo_root, tmp_path):
-    """Two processes, a signal to one of them, then one process: the same as one process throughout."""
-    flags = f"{FLAGS} --epochs 2 --eval-every 2 --data-root {demo_root}"
-    in_processes(1, train_in_double_precision, flags, tmp_path / "whole")
-    in_processes(2, interrupted, flags, tmp_path / "parts")
-    assert len(torch.load(tmp_path / "parts/last.pt", weights_only=True)["rows"]) == 2
-    in_processes(1, train_in_double_precision, flags + " --resume", tmp_path / "parts")
-    # Six steps: where a gradient is no larger than Adam's epsilon, 1e-8, its update tells rounding apart.
+def test_a_run_is_resumed_with_another_number_of_processes(demo_root, tmp_path):
+    """Epoch 1 with two processes, epoch 2 with one, as both with one."""
+    flags = f"{FLAGS} --eval-every 0 --data-root {demo_root}"
+    in_processes(1, train_in_double_precision, f"{flags} --epochs 2", tmp_path / "whole")
+    in_processes(2, train_in_double_precision, f"{flags} --epochs 1", tmp_path / "parts")
+    in_processes(1, train_in_double_precision, f"{flags} --epochs 2 --resume", tmp_path / "parts")
+    # Where a gradient is no larger than Adam's epsilon, 1e-8, its update shows differences of rounding.
     assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "parts"), tolerance=1e-6)
 
 
-def interrupted(number: int, flags: str, output) -> None:
-    """Only the second process has the signal, in its second step; both must stop there and save."""
-    update, steps = train.update, []
-
-    def update_and_signal(*args):
-        steps.append(update(*args))
-        if number == 1 and len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return steps[-1]
-
-    train.update = update_and_signal
-    with pytest.raises(SystemExit) as stop:
-        train_in_double_precision(number, flags, output)
-    assert stop.value.code == 128 + signal.SIGTERM
+def test_evaluation_shares_the_images(demo_root, make_model):
+    """Every image once, in order, for counts that three divides and others; also for fewer images than processes."""
+    dataset = data.load_dataset("synthetic", demo_root, ("query", "gallery"))
+    in_processes(3, extract_shares, dataset, make_model().eval())
 
 
-def test_evaluation_shares_the_pictures(demo_root, make_model):
-    """Every picture once, in order, for counts that divide by the number of processes and others, down to one."""
-    samples = data.load_dataset("synthetic", demo_root).query
-    in_processes(3, extract_some, samples, make_model().eval())
-
-
-def extract_some(number: int, samples, model) -> None:
-    args = evaluate.parse_args(["--device", "cpu", "--eval-batch-size", "5"])
-    args.image_size = (64, 32)
-    machine.check_machine_flags(args)
-    alone = evaluate.extract(model.embed, samples, args)
-    machine.join_processes(args)
-    for count in (len(samples), 10, 2, 1):
-        torch.testing.assert_close(evaluate.extract(model.embed, samples[:count], args), alone[:count])
-    machine.leave_processes()
+def extract_shares(number: int, dataset: data.Dataset, model) -> None:
+    counts = [(24, 28), (5, 5), (1, 1)]
+    samples = [(dataset.query[:queries], dataset.gallery[:gallery]) for queries, gallery in counts]
+    parts = [dataset._replace(query=query, gallery=gallery) for query, gallery in samples]
+    alone = [evaluate.extract_dataset(model, part, "simplified") for part in parts]
+    device.setup("cpu")
+    for part, expected in zip(parts, alone):
+        shared = evaluate.extract_dataset(model, part, "simplified")
+        for subset in ("query", "gallery"):
+            assert len(shared[subset]) == len(getattr(part, subset)) > 0
+            torch.testing.assert_close(shared[subset], expected[subset])
 
 
 def test_identities_that_cannot_be_shared_are_refused():
-    with pytest.raises(ValueError, match="--batch-ids 16 cannot be shared among 3 processes"):
+    with pytest.raises(ValueError, match="3 processes cannot share --batch-ids 16"):
         data.PKSampler(list(range(40)) * 4, num_ids=16, rank=0, world_size=3)
 
 
@@ -187,10 +173,10 @@ def test_parts_of_a_batch_make_the_batch():
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started, from what Linux says of all."""
+    """Return the processes that a process has started."""
     children = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone since
+        with contextlib.suppress(OSError):  # it has ended
             parent = path.read_text().rsplit(")", 1)[1].split()[1]
             children += [int(path.parent.name)] if int(parent) == pid else []
     return sorted(children)
@@ -199,11 +185,18 @@ def children_of(pid: int) -> list[int]:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def test_a_process_without_a_gpu_is_refused(tmp_path):
-    command = [*TORCHRUN, str(ROOT / "train.py"), *FLAGS.split()]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert "error: training takes a GPU for each process: 2 processes, 0 GPUs" in result.stderr
+def test_processes_without_gpus_are_refused_in_one_line(demo_root, tmp_path):
+    """The first one prints it; the other waits for torchrun to end it."""
+    in_processes(2, refuse, f"{FLAGS} --eval-every 0 --data-root {demo_root} --output {tmp_path}")
+
+
+def refuse(number: int, arguments: str) -> None:
+    train.distribute, waits = device.distribute, []
+    time.sleep = waits.append
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, pytest's own cannot be reconfigured
+    with pytest.raises(SystemExit, match="error: training with torchrun needs a GPU for each process"):
+        device.run_script(lambda: train.main(arguments.split()))
+    assert waits == [5] * number
 
 
 def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
@@ -213,16 +206,20 @@ def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
         process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
-        while "epoch 2/1000" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
+        while "epoch 3/1000" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert (tmp_path / "out").read_text().count("epoch 1/1000  step 3/3") == 1
-        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+        children = children_of(process.pid)
+        os.kill(children[-1], signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     finally:
         process.kill()
-    assert "SIGKILL" in (tmp_path / "out").read_text()
+    printed = (tmp_path / "out").read_text()
+    assert printed.count("epoch 1/1000") == 1 and "SIGKILL" in printed
+    log = (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == list(range(1, len(log) + 1))
+    assert len(children) >= 2 and not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 if __name__ == "__main__":  # train.py on CPUs, for torchrun
     on_cpus()
-    machine.exit_on_error(train.main)
+    device.run_script(train.main)

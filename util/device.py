@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -181,6 +182,10 @@ def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
     if any(cls.__module__ == "torch._dynamo.exc" for cls in type(error).__mro__):
         return f"--compile failed ({one_line(error)}): drop --compile, or install a C compiler and Python's headers"
     if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
+        return None
+    # A ValueError that no `raise` statement raised ("too many values to unpack") is a mistake in the code.
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, ValueError) and not (last.line or "raise").startswith("raise"):
         return None
     # A loader process puts its traceback before the message.
     return text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")

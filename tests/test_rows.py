@@ -1,0 +1,97 @@
+"""Every row of Tables 2 to 5 computes its own losses and trains its own parts; both backbones train from archives."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FLAGS, output_of
+from openai_format import SMALL_RESNET, SMALL_VIT, small_weights, write_archive
+
+import clip
+import data
+import losses
+import train
+from model import PromptSG
+
+# Of the demo's 20 identities, each has 8 images, one group of 5; 11 identities make a batch, and 9 groups are left.
+ONE_STEP = f"{FLAGS} --epochs 1 --eval-every 0 --batch-ids 11 --batch-images 5 --margin 1.3 --label-smoothing 0.2"
+ONE_STEP += " --supcon-weight 0.7 --temperature 0.1"
+
+# Flags of a row, components of its model, directions of its SupCon loss.
+BOTH = ["i2t", "t2i"]
+ROWS = {
+    "Table 3 a": ("", {}, BOTH),
+    "Table 3 b": ("--without-i2t", {}, ["t2i"]),
+    "Table 3 c": ("--without-t2i", {}, ["i2t"]),
+    "Table 3 d": ("--without-interaction", {"interaction": False}, BOTH),
+    "Table 4, w/o composed": ("--train-prompt simplified", {"inversion": False}, []),
+    "Table 5, + 1 cross": ("--blocks 0", {"blocks": 0}, BOTH),
+    "Table 5, + 1 self": ("--blocks 1", {"blocks": 1}, BOTH),
+    "Table 2, baseline": ("--baseline", {"interaction": False, "inversion": False}, []),
+}
+
+
+def first_step(root: Path, directions: list[str], components: dict) -> tuple[dict, dict, dict]:
+    """One step of Adam on the losses of the equations, without train.py: weights before and after, loss terms."""
+    samples = data.load_dataset("synthetic", root, ("train",)).train
+    sampler = data.PKSampler([sample.pid for sample in samples], 11, 5, seed=0)
+    images, labels = next(iter(data.train_loader(samples, sampler, (64, 32), workers=0)))
+    torch.manual_seed(0)
+    model = PromptSG(clip.untrained("tiny", (64, 32)), 20, **components).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    visual = [p for name, p in model.named_parameters() if name.startswith("clip.visual.")]
+    new = [p for name, p in model.named_parameters() if not name.startswith("clip.") and name != "bnneck.bias"]
+    groups = [{"params": visual, "lr": 4e-4}, {"params": new, "lr": 8e-4}]
+    optimizer = torch.optim.Adam(groups, weight_decay=1e-3)
+
+    output = model(clip.normalize(images))
+    triplet = sum(losses.triplet_loss(features, labels, 1.3) for features in output.triplet_features)
+    identity = losses.identity_loss(output.logits, labels, 0.2)
+    supcon = losses.supcon_loss(output.image, output.text, labels, 0.1, directions)
+    loss = triplet + identity + 0.7 * supcon
+    loss.backward()
+    optimizer.step()
+    accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
+    terms = dict(loss=loss, loss_triplet=triplet, loss_id=identity, loss_supcon=supcon, accuracy=accuracy)
+    return before, model.state_dict(), {name: term.item() for name, term in terms.items()}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_its_own_parts(workplace, row):
+    """One step of train.py: the losses of the row's equations, one step of Adam, the text encoder as before."""
+    flags, components, directions = ROWS[row]
+    output_of("train.py", f"{ONE_STEP} {flags}", workplace)
+    before, expected, terms = first_step(workplace / "data", directions, components)
+
+    (record,) = map(json.loads, (workplace / "runs/synthetic-tiny/log.jsonl").read_text().splitlines())
+    assert {name: record[name] for name in terms} == pytest.approx(terms, rel=1e-4)
+    assert (terms["loss_supcon"] > 0) == bool(directions)
+    after = torch.load(workplace / "runs/synthetic-tiny/last.pt", weights_only=True)["model"]
+    assert after.keys() == before.keys()
+    frozen = {name for name in before if name.startswith("clip.") and not name.startswith("clip.visual.")}
+    for name, tensor in after.items():
+        if name == "interaction.key.bias":  # softmax cancels it, so its gradient is rounding alone
+            continue
+        is_frozen = name in frozen or name in ("simplified_text", "bnneck.bias")
+        assert torch.equal(tensor, before[name]) == is_frozen, name
+        # Adam's first step is the learning rate times the sign of the gradient, which for a few is rounding alone.
+        assert ((tensor - expected[name]).abs() > 1e-6).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("backbone, config", [("vit", SMALL_VIT), ("resnet", SMALL_RESNET)])
+def test_both_backbones_train_resume_and_evaluate_from_openais_archives(workplace, monkeypatch, backbone, config):
+    sizes = {name: value for name, value in config.items() if name not in ("image_size", "last_stride")}
+    monkeypatch.setitem(clip.ARCHITECTURES, train.CLIP_NAMES[backbone], sizes | {"vocab_size": 49408})
+    weights = small_weights(config | {"vocab_size": 49408})
+    write_archive(weights, workplace / "CLIP.pt")
+    flags = f"{FLAGS} --eval-every 0 --backbone {backbone} --clip-weights CLIP.pt --lr-visual 5e-6 --epochs"
+    output_of("train.py", f"{flags} 1", workplace)
+    path = workplace / f"runs/synthetic-{backbone}/last.pt"
+    trained = torch.load(path, weights_only=True)["model"]
+    assert torch.equal(trained["clip.token_embedding.weight"], weights["token_embedding.weight"])
+    assert 0 < (trained["clip.visual.conv1.weight"] - weights["visual.conv1.weight"]).abs().max() < 1e-4
+    (workplace / "CLIP.pt").unlink()  # a checkpoint is complete
+    assert "epoch 2/2" in output_of("train.py", f"{flags} 2 --resume", workplace)
+    assert f"{backbone} trained on synthetic, epoch 2" in output_of("evaluate.py", "--json result.json", workplace)
+    assert 0 < json.loads((workplace / "result.json").read_text())["mAP"] < 1
