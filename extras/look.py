@@ -237,7 +237,7 @@ def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[st
             caption = wrap(data.printable(tile.caption), font, TILE[1] + 8, 3)
             canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
     with checkpoint.atomic_write(path) as temporary:
-        sheet.save(temporary, quality=90, subsampling=0)
+        sheet.save(temporary, quality=85)
     print(f"drawn: {data.printable(path)}")
 
 
