@@ -69,16 +69,14 @@ def read_images(paths: Sequence[Path]) -> Tensor:
 
 
 @torch.inference_mode()
-def extract(
-    encoder: nn.Module, paths: list[Path], mean: list[float], std: list[float], batch_size: int = 128, workers: int = 0
-) -> Tensor:
+def extract(encoder: nn.Module, paths: list[Path], mean: list[float], std: list[float], workers: int = 0) -> Tensor:
     """Return the last hidden state beside v, before the necks, of length 1: (N, 768 + 512), or RN50 (N, 2048 + 1024).
 
     Raises OSError if an image cannot be read.
     """
     device, features = next(encoder.parameters()).device, []
-    options = {"collate_fn": read_images, "worker_init_fn": ignore_interrupts}
-    for images in DataLoader(paths, batch_size, num_workers=workers, **options):
+    loader = DataLoader(paths, 128, num_workers=workers, collate_fn=read_images, worker_init_fn=ignore_interrupts)
+    for images in loader:
         states = encoder(normalize(images.to(device) / 255, mean, std)).states  # v is the last one
         features.append(nn.functional.normalize(torch.cat(states[1:], dim=1)))
         show_progress(sum(map(len, features)), len(paths), "images")
@@ -92,19 +90,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=data.FOLDERS, required=True, help="dataset that it was trained on")
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
-    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = setup(args.device)
-    workers = default_workers(device) if args.workers is None else args.workers
     encoder, name, others = load_encoder(args.weights)
     dataset = data.load_dataset(args.dataset, args.data_root, ("query", "gallery"))
     print(f"{args.weights}: {name}; skipped: {', '.join(others)}\n{data.summary(dataset)}")
     paths = [sample.path for sample in dataset.query + dataset.gallery]
-    features = extract(encoder.to(device), paths, *MEAN_STD[name[:3]], workers=workers)
+    features = extract(encoder.to(device), paths, *MEAN_STD[name[:3]], default_workers(device))
     result = evaluate.rank_dataset(dataset, *features.split([len(dataset.query), len(dataset.gallery)]))
     print(f"{args.dataset}, {name}: {evaluate.describe(result)}")
     if args.dataset not in EXPECTED[name]:

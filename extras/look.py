@@ -85,7 +85,7 @@ def similarity_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
 def identity_relevance(
     model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], prompt: str | None = None, workers: int = 0
 ) -> Tensor:
-    """Return what a model recognises people by (Figure 4): samples -> relevance of the patches (N, M).
+    """Return what a model recognises people by (Figure 4): samples -> relevance of the patches (N, h, w).
 
     The target is the mean similarity of an image's retrieval feature to those of the same person's other images in
     `pool`, which are held constant.
@@ -97,46 +97,43 @@ def identity_relevance(
     weights = torch.tensor(is_other).float()
     others = weights / weights.sum(dim=1, keepdim=True) @ features  # (N, D)
 
-    def patches(images: Tensor, part: slice) -> Tensor:
+    def of_batch(images: Tensor, part: slice) -> Tensor:
         def similarity(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
             return (F.normalize(model.bnneck(z), dim=1) * others[part].to(z)).sum(dim=1)
 
-        return relevance(model, images, prompt, similarity)[:, 1:]
+        return relevance(model, images, prompt, similarity)
 
-    return map_images(model, [sample.path for sample in samples], patches)
+    return make_maps(model, [sample.path for sample in samples], of_batch)
 
 
-def map_images(model: PromptSG, paths: list[Path], function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Return function(normalised images (B, 3, H, W), slice of `paths`) of all image files, on the CPU."""
-    device, results = next(model.parameters()).device, []
+def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
+    """Return the attention of a prompt on the patches of images (Figures 1 and 2): (N, h, w)."""
+    return make_maps(model, paths, lambda images, part: model.attention_map(images, prompt))
+
+
+def make_maps(model: PromptSG, paths: list[Path], function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Return maps over the patches of image files, (N, h, w), on the CPU.
+
+    function: from normalised images (B, 3, H, W), and their slice of `paths`, to values of their tokens (B, 1 + M).
+    """
+    device, maps = next(model.parameters()).device, []
     for begin in range(0, len(paths), 16):
         part = slice(begin, begin + 16)
         images = torch.stack([data.read_image(path, model.image_size) for path in paths[part]])
-        results.append(function(clip.normalize(images.to(device)), part).detach().cpu())
+        tokens = function(clip.normalize(images.to(device)), part).detach().cpu()  # (B, 1 + M)
+        maps.append(tokens[:, 1:].unflatten(1, model.clip.grid))
         show_progress(begin + len(images), len(paths), "maps")
-    return torch.cat(results)
+    return torch.cat(maps)
 
 
-def person_shares(dataset: data.Dataset, samples: list[data.Sample], grid: tuple[int, int]) -> Tensor:
-    """Return the share of each patch that shows the person, from the demo's masks: (N, M)."""
-    masks = [data.open_image(dataset.folder / "masks" / f"{sample.path.stem}.png") for sample in samples]
-    masks = torch.stack([v2.functional.pil_to_tensor(mask)[:1] for mask in masks])
-    return F.adaptive_avg_pool2d(masks / 255, grid).flatten(1)
-
-
-def inside_and_peak(maps: Tensor, inside: Tensor) -> tuple[float, float]:
-    """Return the share of the maps (N, M) that lies inside, and how often their peak does (the pointing game).
-
-    inside: share of each patch that counts as inside, (N, M).
-    """
-    share = (maps * inside).sum(dim=1) / maps.sum(dim=1)
-    peak = inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5
-    return share.mean().item(), peak.float().mean().item()
-
-
-def describe_inside(maps: Tensor, inside: Tensor) -> str:
-    """Describe how much of the maps lies on the person."""
-    share, peak = inside_and_peak(maps, inside)
+def describe_inside(maps: Tensor, dataset: data.Dataset) -> str:
+    """Describe how much of the maps of the demo's queries (Q, h, w) lies on the person, as its masks show it."""
+    masks = [data.open_image(dataset.folder / "masks" / f"{sample.path.stem}.png") for sample in dataset.query]
+    masks = torch.stack([v2.functional.pil_to_tensor(mask)[0] for mask in masks]) / 255
+    inside = F.adaptive_avg_pool2d(masks, maps.shape[1:]).flatten(1)  # (Q, M), the person's share of each patch
+    maps = maps.flatten(1)
+    share = ((maps * inside).sum(dim=1) / maps.sum(dim=1)).mean()
+    peak = (inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5).float().mean()  # the pointing game
     return f"{share:.1%} of it, its peak in {peak:.1%} of the images (the person covers {inside.mean():.1%})"
 
 
@@ -172,7 +169,10 @@ def before_training(state: dict, **changes) -> PromptSG:
 TILE = (192, 96)  # height and width of an image on a sheet
 GREEN, RED, GREY = (0, 150, 60), (210, 30, 40), (120, 120, 120)
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # the "inferno" colour map
-MATCHES = {"same identity as the query": [GREEN], "another identity": [RED]}  # legend of best matches
+MATCHES = {  # legend of best matches
+    "same identity as the query; below the image: rank, identity, camera, similarity": [GREEN],
+    "another identity": [RED],
+}
 MAPS = {"from the lowest to the highest value of each map": HEAT}  # legend of maps
 
 
@@ -184,10 +184,10 @@ class Tile(NamedTuple):
     frame: tuple[int, int, int] = GREY
 
 
-def heat(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Lay a map over its patches (M,), from its least (dark) to its greatest value (yellow), over an image."""
-    scaled = (patches - patches.min()) / (patches.max() - patches.min()).clamp(min=1e-12)
-    smooth = F.interpolate(scaled.view(1, 1, *grid), TILE, mode="bicubic", align_corners=False)[0, 0]
+def heat(image: Tensor, values: Tensor) -> Tensor:
+    """Lay a map (h, w), from its least (dark) to its greatest value (yellow), over an image."""
+    scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+    smooth = F.interpolate(scaled[None, None], TILE, mode="bicubic", align_corners=False)[0, 0]
     position = smooth.clamp(0, 1) * (len(HEAT) - 1)
     below = position.long().clamp(max=len(HEAT) - 2)
     colours = torch.tensor(HEAT).float()
@@ -236,9 +236,8 @@ def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[st
             sheet.paste(v2.functional.to_pil_image(tile.image), (x + 4, y + 4))
             caption = wrap(data.printable(tile.caption), font, TILE[1] + 8, 3)
             canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_write(path) as temporary:
-        sheet.save(temporary, quality=90, subsampling=0)
+        sheet.save(temporary, quality=85)
     print(f"drawn: {data.printable(path)}")
 
 
@@ -290,27 +289,26 @@ def draw_matches(
         for caption, result in results.items()
     ]
     scores = " and ".join(f"{caption} (mAP {result['mAP']:.1%})" for caption, result in results.items())
-    draw_sheet(groups, path, f"Best matches {scores}, {title}", MATCHES)
+    draw_sheet(groups, path, f"Best matches {scores}: {title}", MATCHES)
 
 
-def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
-    """Return the attention of a prompt on the patches of images (Figures 1 and 2): (N, M)."""
-    return map_images(model, paths, lambda images, _: model.attention_map(images, prompt)[:, 1:])
+def map_tiles(paths: list[Path], captions: list[str], maps: dict[str, Tensor]) -> list[list[Tile]]:
+    """Return the tiles of each image and of its maps ((N, h, w) by caption)."""
+    images = [data.read_image(path, TILE) for path in paths]
+    return [
+        [Tile(image, caption), *(Tile(heat(image, maps[name][n]), name) for name in maps)]
+        for n, (image, caption) in enumerate(zip(images, captions))
+    ]
 
 
 def draw_attention(model: PromptSG, paths: list[Path], prompts: list[str], path: Path, title: str) -> None:
     """Draw where prompts look in images and, for a ViT, transformer relevance."""
     maps = {f"{prompt} prompt": attention(model, paths, prompt) for prompt in prompts}
     if isinstance(model.clip.visual, clip.VisionTransformer):
-        maps["transformer relevance"] = map_images(
-            model, paths, lambda images, _: relevance(model, images, prompts[-1], similarity_to_prompt)[:, 1:]
+        maps["transformer relevance"] = make_maps(
+            model, paths, lambda images, part: relevance(model, images, prompts[-1], similarity_to_prompt)
         )
-    images = [data.read_image(path, TILE) for path in paths]
-    groups = [
-        [Tile(image, path.stem), *(Tile(heat(image, maps[name][n], model.clip.grid), name) for name in maps)]
-        for n, (image, path) in enumerate(zip(images, paths))
-    ]
-    draw_sheet(groups, path, f"Where the prompts look, {title}", MAPS)
+    draw_sheet(map_tiles(paths, [path.name for path in paths], maps), path, f"Where the prompts look: {title}", MAPS)
 
 
 def draw_figure_4(
@@ -320,23 +318,17 @@ def draw_figure_4(
 
     columns: models and their prompts, by name.
     """
-    test = dataset.query + dataset.gallery
-    halves = []
+    test, halves = dataset.query + dataset.gallery, []
     for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
         samples = choose_people(candidates, pool, (count + 1) // 2)
-        images = [data.read_image(sample.path, TILE) for sample in samples]
-        half = [[Tile(image, f"{subset} person {sample.pid}")] for image, sample in zip(images, samples)]
-        for name, (model, prompt) in columns.items():
-            maps = identity_relevance(model, samples, pool, prompt, workers)
-            for group, image, patches in zip(half, images, maps):
-                group.append(Tile(heat(image, patches, model.clip.grid), name))
-        halves.append(half)
+        maps = {name: identity_relevance(model, samples, pool, p, workers) for name, (model, p) in columns.items()}
+        captions = [f"{subset} person {sample.pid}" for sample in samples]
+        halves.append(map_tiles([sample.path for sample in samples], captions, maps))
     title = f"Relevance for the similarity to the same person's other images: {', '.join(columns)}"
     draw_sheet([left + right for left, right in zip(*halves)], path, title, MAPS)
     for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
-        inside = person_shares(dataset, dataset.query, model.clip.grid)
         maps = identity_relevance(model, dataset.query, test, prompt, workers)
-        print(f"relevance on the person, {name}: {describe_inside(maps, inside)}")
+        print(f"relevance on the person, {name}: {describe_inside(maps, dataset)}")
 
 
 # ------------------------------------------------------------------------------------------------------ script
@@ -346,9 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--before-after", action="store_true", help="best matches before and after training")
-    what.add_argument(
-        "--images", type=Path, nargs="+", metavar="PATH", help="attention in own images, files or folders"
-    )
+    what.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="attention in own files and folders")
     what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance of directories or checkpoints")
     add = parser.add_argument
     add("--count", type=int, default=8, help="number of queries, images or people to draw (default: 8)")
@@ -373,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = setup(args.device)
     workers = default_workers(device)
+    args.output.mkdir(parents=True, exist_ok=True)
     if args.figure_4:
         columns = {}
         for run in args.figure_4:
@@ -403,23 +394,20 @@ def main(argv: list[str] | None = None) -> None:
     start = before_training(state).to(device) if args.before_after or dataset.name == "synthetic" else None
     result = evaluate.evaluate(model, dataset, args.prompt, workers)
     queries = choose_queries(result["ap"], args.queries, args.count)
-    title += f", {dataset.name}, queries {ORDERS[args.queries]}"
-    caption = f"{args.prompt or model.default_prompt} prompt"
+    title += f", {args.prompt or model.default_prompt} prompt, {dataset.name}, queries {ORDERS[args.queries]}"
     if args.before_after:
         before = evaluate.evaluate(start, dataset, "none", workers)
-        results = {"before training": before, f"after training, {caption}": result}
+        results = {"before training": before, "after training": result}
         draw_matches(dataset, results, queries, 5, args.output / "before-after.jpg", title)
         return
-    draw_matches(dataset, {caption: result}, queries, 10, args.output / "matches.jpg", title)
-    if model.interaction:
-        paths = [dataset.query[q].path for q in queries]
-        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
-    if model.interaction and dataset.name == "synthetic":
-        inside = person_shares(dataset, dataset.query, model.clip.grid)
-        for name, compared in (("untrained", start), ("trained", model)):
-            for prompt in prompts:
-                maps = attention(compared, [sample.path for sample in dataset.query], prompt)
-                print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, inside)}")
+    draw_matches(dataset, {"after training": result}, queries, 10, args.output / "matches.jpg", title)
+    if not model.interaction:
+        return
+    draw_attention(model, [dataset.query[q].path for q in queries], prompts, args.output / "attention.jpg", title)
+    for name, compared in (("untrained", start), ("trained", model)) if dataset.name == "synthetic" else ():
+        for prompt in prompts:
+            maps = attention(compared, [sample.path for sample in dataset.query], prompt)
+            print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, dataset)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ features of texts lie in its space only.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -52,10 +53,10 @@ def search(
     results = []
     for query, similarity in zip(queries or [None], features @ candidates.T):
         order = similarity.argsort(descending=True, stable=True).tolist()
-        found = [n for n in order if query is None or not os.path.samefile(images[n], query)]
+        found = (n for n in order if query is None or not os.path.samefile(images[n], query))
         matches = [
             {"rank": rank, "similarity": similarity[n].item(), "path": str(images[n])}
-            for rank, n in enumerate(found[:count], 1)
+            for rank, n in enumerate(itertools.islice(found, count), 1)
         ]
         results.append({"query": query and str(query), "words": words, "matches": matches})
     return results
@@ -66,17 +67,20 @@ def extract_readable(model: PromptSG, paths: list[Path], space: str, workers: in
     try:
         return evaluate.extract(model, paths, space, workers=workers), paths
     except OSError:
-        readable, errors = [], []
-        for path in paths:
-            try:
-                data.open_image(path)
-                readable.append(path)
-            except OSError as error:
-                errors.append(error)
-        if not readable:
+        broken = [path for path in paths if not is_readable(path)]
+        if len(broken) == len(paths):
             raise
-        print(f"{len(errors)} of {len(paths)} images skipped: {errors[0]}{', ...' if len(errors) > 1 else ''}")
-        return evaluate.extract(model, readable, space, workers=workers), readable
+        print(f"unreadable: {data.count_skipped(broken)}")
+        paths = [path for path in paths if path not in broken]
+        return evaluate.extract(model, paths, space, workers=workers), paths
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        data.open_image(path)
+        return True
+    except OSError:
+        return False
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,29 +91,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
     add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
     add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
-    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet of matches (default: search.jpg)")
+    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet (default: search.jpg)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
-    add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
     args = parser.parse_args(argv)
-    if not args.query and not (args.words or "").strip():
+    args.words = args.words and args.words.strip()
+    if not (args.query or args.words):
         parser.error("nothing to search for: give --query IMAGE or --words WORDS")
     if args.words and args.prompt:
         parser.error("--prompt has no effect on words, which are compared by v: drop it")
     if args.count < 1:
         parser.error("--count must be at least 1")
+    for file, suffix in ((args.json, ".json"), (args.output, ".jpg")):
+        if file and (file.suffix != suffix or not file.parent.is_dir()):
+            parser.error(f"cannot write {file}: give a name that ends in {suffix}, in a directory that exists")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = setup(args.device)
-    workers = default_workers(device) if args.workers is None else args.workers
     images = data.find_images(args.images)
     path = args.checkpoint or checkpoint.newest()
     model, _ = load_run(path, device)
-    results = search(model, images, args.query, args.words, args.prompt, args.count, workers)
+    results = search(model, images, args.query, args.words, args.prompt, args.count, default_workers(device))
 
     space = "none" if args.words else args.prompt or model.default_prompt
     groups = []
@@ -122,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
             caption = f"{match['rank']}: {match['similarity']:.2f} {Path(match['path']).name}"
             group.append(Tile(data.read_image(match["path"], TILE), caption))
         groups.append(group)
-    words = f' for "{args.words}"' if args.words else ""
-    draw_sheet(groups, args.output, f"Best matches{words}, {path}, prompt {space}", {})
+    words, space_name = (f' for "{args.words}"', "CLIP's v") if args.words else ("", f"{space} prompt")
+    draw_sheet(groups, args.output, f"Best matches{words}: {path}, {space_name}", {})
     if args.json:
         about = {"checkpoint": str(path), "prompt": space, "image_size": list(model.image_size)}
         checkpoint.write_json({**about, "results": results}, args.json)

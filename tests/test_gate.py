@@ -1,36 +1,31 @@
 """extras/gate.py against CLIP-ReID's own code, github.com/Syliz517/CLIP-ReID at eb1898b.
 
 FEATURES were recorded once from that code, in single precision on a CPU. Its model/make_model.py built the model, with
-necks and classifiers made as narrow as the small encoders; its `load_param` read what `checkpoint` makes here; its
-`make_dataloader` gave the transform that read what `draw_pictures` makes here; features were taken with NECK_FEAT
+necks and classifiers as narrow as the small encoders; its `load_param` read what `checkpoint` makes here; its
+`make_dataloader` gave the transform that read what `draw_images` makes here; features were taken with NECK_FEAT
 "before" and L2-normalised as `R1_mAP_eval` does. With prompts, model/make_model_clipreid.py gave the same numbers.
 """
 
-import argparse
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused, run
 from openai_format import formula_images, formula_weights, shapes_of
 from PIL import Image
-from torchvision import transforms
 
 import clip
 import data
 import evaluate
 from extras import gate
 
-ROOT = Path(__file__).parent.parent
-ARGS = argparse.Namespace(device="cpu", precision="fp32", workers=0, eval_batch_size=2)
 # sha256 of the sorted lines "image_encoder.NAME SHAPE" of the original models' state dicts.
 LAYOUTS = {
     "ViT": "31b7f46f1a6fa4dd8ecd95d28edbb671c2ed8cf660fcdf7f2a8d0c5af5ad32bb",
     "CNN": "e3194925f6dbe9364746f22037a9d90b02e2217b4e7827d0b29c48fefa8ffba8",
 }
-# Every sixteenth of 128 + 96 numbers (ViT) or 256 + 96 (CNN), of two pictures.
+# Every sixteenth of 128 + 96 numbers (ViT) or 256 + 96 (CNN), of two images.
 # fmt: off
 FEATURES = {
     "ViT": [
@@ -50,7 +45,7 @@ FEATURES = {
 
 
 def shapes_of_encoder(backbone: str, full: bool = False, grid: tuple[int, int] = (16, 8)) -> dict:
-    """Names and shapes in a checkpoint. A small ViT has twelve blocks, too: CLIP-ReID's code counts on them."""
+    """Return names and shapes in a checkpoint. A small ViT has twelve blocks too: CLIP-ReID's code relies on them."""
     with torch.device("meta"):  # sizes without numbers
         if backbone == "ViT":
             encoder = clip.VisionTransformer(grid, 16, 768 if full else 128, 12, 512 if full else 96)
@@ -61,30 +56,26 @@ def shapes_of_encoder(backbone: str, full: bool = False, grid: tuple[int, int] =
 
 
 def checkpoint(backbone: str, with_prompts: bool = False, grid: tuple[int, int] = (16, 8)) -> dict:
-    """A small state dict in CLIP-ReID's layout, by formula: encoder, necks, classifiers; prompt learner and text."""
+    """Return a small state dict in CLIP-ReID's layout, by formula: encoder and the names of what else there is."""
     shapes = shapes_of_encoder(backbone, grid=grid)
-    for suffix, width in (("", 128 if backbone == "ViT" else 256), ("_proj", 96)):
-        shapes[f"classifier{suffix}.weight"] = (20, width)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"bottleneck{suffix}.{name}"] = (width,)
-        shapes[f"bottleneck{suffix}.num_batches_tracked"] = ()
+    shapes |= {f"{name}.weight": (4, 4) for name in ("bottleneck", "bottleneck_proj", "classifier", "classifier_proj")}
     if with_prompts:
-        shapes |= {"prompt_learner.cls_ctx": (20, 4, 512), "prompt_learner.token_prefix": (1, 5, 512)}
-        shapes |= {"prompt_learner.token_suffix": (1, 68, 512), "text_encoder.text_projection": (512, 96)}
+        shapes |= {"prompt_learner.cls_ctx": (20, 4, 512), "text_encoder.text_projection": (512, 96)}
     return formula_weights(shapes)
 
 
-def draw_pictures(folder: Path) -> list[data.Sample]:
-    """Two pictures, drawn by formula and kept without loss: one of the size that is read, one to be resized."""
-    for name, height, width in (("a", 256, 128), ("b", 200, 90)):
+def draw_images(folder: Path) -> list[Path]:
+    """Draw two images by formula, without loss: one of the size that is read, one to be resized."""
+    paths = [folder / "a.png", folder / "b.png"]
+    for path, (height, width) in zip(paths, ((256, 128), (200, 90))):
         pixels = (128 + 32 * formula_images(height, width)[0]).clamp(0, 255).to(torch.uint8)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
-    return [data.Sample(folder / f"{name}.png", 1, 1) for name in "ab"]
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    return paths
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Saves a state dict as a checkpoint; gives its path."""
+    """Saves a state dict as a checkpoint and returns its path."""
 
     def save(weights: object) -> Path:
         torch.save(weights, tmp_path / "checkpoint.pth")
@@ -107,77 +98,47 @@ def test_features_are_clip_reids(backbone, with_prompts, prefix, save, tmp_path)
     assert name == backbone + ("-CLIP-ReID" if with_prompts else "-baseline")
     prompts = ["prompt_learner", "text_encoder"] if with_prompts else []
     assert others == ["bottleneck", "bottleneck_proj", "classifier", "classifier_proj", *prompts]
-    features = gate.extract(encoder, draw_pictures(tmp_path), gate.MEAN_STD[backbone], ARGS)
+    features = gate.extract(encoder, draw_images(tmp_path), *gate.MEAN_STD[backbone])
     assert features.shape == (2, (128 if backbone == "ViT" else 256) + 96)
     assert torch.allclose(features.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(features[:, ::16], torch.tensor(FEATURES[backbone]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backbone", LAYOUTS)
-def test_pictures_are_read_as_clip_reids_test_transform_reads_them(backbone, tmp_path):
-    """Its transform, printed: Resize((256, 128), bilinear, on PIL's picture), ToTensor, Normalize."""
-    samples, mean_and_std, seen = draw_pictures(tmp_path), gate.MEAN_STD[backbone], []
+def test_checkpoints_that_cannot_be_compared_are_refused(save, tmp_path):
+    def refuse(weights: object, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            gate.load_encoder(save(weights))
 
-    def encoder(images: torch.Tensor) -> argparse.Namespace:
-        seen.append(images)
-        return argparse.Namespace(states=[torch.ones(len(images), 2)] * 3)
-
-    gate.extract(encoder, samples, mean_and_std, ARGS)
-    steps = [transforms.Resize((256, 128)), transforms.ToTensor(), transforms.Normalize(*mean_and_std)]
-    expected = [transforms.Compose(steps)(Image.open(sample.path).convert("RGB")) for sample in samples]
-    assert torch.equal(seen[0], torch.stack(expected))
-
-
-def test_what_cannot_be_scored_is_refused_in_one_line(save, tmp_path):
-    def refuse(path: Path, message: str) -> None:
-        with pytest.raises(ValueError, match=message) as error:
-            gate.load_encoder(path)
-        assert "\n" not in str(error.value)
-
-    with pytest.raises(FileNotFoundError, match="there is no file .*missing.pth"):
-        gate.load_encoder(tmp_path / "missing.pth")
-    (tmp_path / "text.pth").write_text("not weights")
-    refuse(tmp_path / "text.pth", "text.pth is damaged")
-    refuse(save({"version": 1, "model": {}}), "no checkpoint of CLIP-ReID")
-    refuse(save([1, 2]), "no checkpoint of CLIP-ReID")
-    refuse(save(checkpoint("ViT") | {"cv_embed": torch.zeros(6, 128)}), "camera embeddings")
-    refuse(save(checkpoint("ViT", grid=(21, 10))), r"another stride \(OLP\) or picture size \(210 tokens\)")
-    refuse(save(checkpoint("CNN", grid=(16, 16))), "256 tokens")
+    refuse({"version": 1, "model": {}}, "not a checkpoint of CLIP-ReID")
+    refuse([1, 2], "not a checkpoint of CLIP-ReID")
+    refuse(checkpoint("ViT") | {"cv_embed": torch.zeros(6, 128)}, "camera embeddings")
+    refuse(checkpoint("ViT", grid=(21, 10)), r"another stride \(OLP\) or image size \(210 tokens\)")
+    refuse(checkpoint("CNN", grid=(16, 16)), "256 tokens")
     weights = checkpoint("CNN")
     del weights["image_encoder.layer4.0.bn1.bias"]
-    refuse(save(weights), "layer4.0.bn1.bias")
+    refuse(weights, "layer4.0.bn1.bias")
+    (tmp_path / "text.pth").write_text("not weights")
+    for name, message in (("text.pth", "text.pth is damaged"), ("missing.pth", "no file")):
+        refused(run("extras/gate.py", "--dataset market1501 --device cpu", tmp_path, tmp_path / name), message)
 
 
-def test_scores_a_dataset_without_a_published_figure(save, demo_root, capsys):
-    path = save(checkpoint("ViT", with_prompts=True))
-    gate.main([str(path), "--dataset", "synthetic", "--data-root", str(demo_root), "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "passed over: bottleneck, bottleneck_proj, classifier, classifier_proj, prompt_learner, text_enc" in printed
-    assert "synthetic, ViT-CLIP-ReID: mAP " in printed and "Rank-1 " in printed and "no verdict" in printed
-
-
-def test_verdict_both_ways(save, demo_root, capsys, monkeypatch):
-    """Within 0.3 of both figures, or not; the features do not depend on the batch that a picture is in."""
+def test_verdict(save, demo_root, capsys, monkeypatch):
+    """Passed within 0.3 of both figures; without published figures there is no verdict."""
     path = save(checkpoint("CNN"))
+    argv = [str(path), "--dataset", "synthetic", "--data-root", str(demo_root), "--device", "cpu"]
+    gate.main(argv)
+    assert "skipped: bottleneck, bottleneck_proj" in (printed := capsys.readouterr().out) and "no verdict" in printed
     dataset = data.load_dataset("synthetic", demo_root)
-    features = gate.extract(gate.load_encoder(path)[0], dataset.query + dataset.gallery, gate.MEAN_STD["CNN"], ARGS)
-    result = evaluate.metrics_of(*features.split([len(dataset.query), len(dataset.gallery)]), dataset)
+    paths = [sample.path for sample in dataset.query + dataset.gallery]
+    features = gate.extract(gate.load_encoder(path)[0], paths, *gate.MEAN_STD["CNN"])
+    result = evaluate.rank_dataset(dataset, *features.split([len(dataset.query), len(dataset.gallery)]))
+    assert evaluate.describe(result) in printed
     mAP, rank1 = 100 * result["mAP"], 100 * result["rank1"]
 
-    def judge(*figures: float) -> str:
-        monkeypatch.setitem(gate.EXPECTED["CNN-baseline"], "synthetic", figures)
-        gate.main([str(path), "--dataset", "synthetic", "--data-root", str(demo_root), "--device", "cpu"])
-        return capsys.readouterr().out
-
-    assert f"expected: mAP {mAP + 0.29}%  Rank-1 {rank1 - 0.29}%" in (printed := judge(mAP + 0.29, rank1 - 0.29))
-    assert evaluate.describe(result) in printed and printed.endswith("passed: encoder, data and scoring are right\n")
+    monkeypatch.setitem(gate.EXPECTED["CNN-baseline"], "synthetic", (mAP + 0.29, rank1 - 0.29))
+    gate.main(argv)
+    assert capsys.readouterr().out.endswith("passed: encoder, data and evaluation are right\n")
     for figures in ((mAP + 0.31, rank1), (mAP - 0.31, rank1), (mAP, rank1 + 0.31), (mAP, rank1 - 0.31)):
-        with pytest.raises(SystemExit, match="FAILED: look at the dataset's version"):
-            judge(*figures)
-
-
-def test_command_line(demo_root, tmp_path):
-    """Errors are one line and exit status 1."""
-    command = [sys.executable, "-m", "extras.gate", tmp_path / "none.pth", "--dataset", "market1501", "--device", "cpu"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
+        monkeypatch.setitem(gate.EXPECTED["CNN-baseline"], "synthetic", figures)
+        with pytest.raises(SystemExit, match="FAILED"):
+            gate.main(argv)
