@@ -1,5 +1,6 @@
 """What the scripts run on: device, precision, several processes (torchrun), progress, errors in one line."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -155,7 +156,11 @@ def run_script(
     # Print each line at once, also into a pipe, and escape file names that the terminal cannot show.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        except BaseException:
+            end_loader_processes()
+            raise
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
@@ -171,6 +176,14 @@ def run_script(
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # torchrun ends this process before, if the first one failed too and printed its line
         sys.exit(f"error: {message}")
+
+
+def end_loader_processes() -> None:
+    """Terminate the loader processes after an error. torch would wait five seconds for each of them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
