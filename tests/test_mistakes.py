@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import FLAGS, ROOT, refused, run
+from openai_format import SMALL_RESNET, small_weights
 
 from util import device
 
@@ -26,6 +27,7 @@ def crowded(trained, tmp_path_factory):
     state["model"] = {name: w for name, w in state["model"].items() if not name.startswith("inversion.")}
     torch.save(state, folder / "simplified.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
+    torch.save(small_weights(SMALL_RESNET), folder / "small.pt")
     (folder / "broken.pt").write_bytes((folder / RUN / "last.pt").read_bytes()[:100_000])
     for path in ("market/Market-1501/Market-1501", "names", "alone", "broken"):
         for subfolder in MARKET1501[: 1 if path == "alone" else 3]:
@@ -55,6 +57,7 @@ ROWS = [
     (f"--backbone vit --clip-weights broken.pt {NEW}", "broken.pt"),
     (f"--backbone vit --clip-weights other.pt {NEW}", "other.pt"),
     (f"--backbone vit --clip-weights {RUN}/last.pt {NEW}", "last.pt"),
+    (f"--backbone vit --clip-weights small.pt {NEW}", "small.pt", "another CLIP than ViT-B/16"),
     (f"--clip-weights other.pt {NEW}", "--backbone tiny has its own weights"),
     # flags
     ("--batch-ids 1", "--batch-ids and --batch-images must be at least 2"),

@@ -1,4 +1,4 @@
-"""Section 4 of the paper: what the text does, where the gradient goes, what is frozen, how many parameters."""
+"""Section 4 of the paper: what the text does, where the gradient goes, what is frozen, how many parameters learn."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_the_output_depends_on_the_prompt(tokens_and_text, blocks):
 
 
 def test_s_star_takes_the_place_of_a_word(make_model):
-    """With the embedding of "tall" as S*, the prompt is CLIP's own "A photo of a tall person", all 77 tokens."""
+    """With the embedding of "tall" as S*, the composed prompt is "A photo of a tall person", in all 77 tokens."""
     model = make_model().eval()
     assert (COMPOSED_PROMPT, SIMPLIFIED_PROMPT) == ("A photo of a S* person", "A photo of a person")
     assert model.composed_ids.shape == (1, 8)
@@ -243,7 +243,7 @@ def test_without_inversion_only_the_simplified_prompt_exists(make_model, images)
 
 
 def test_the_model_of_a_checkpoint(make_model, images, tmp_path):
-    """Its CLIP's sizes, components, prompt, image size and weights; in eval mode; without another weight file."""
+    """PromptSG.load gives the same features, in eval mode, from the checkpoint alone."""
     ours = make_model(4, blocks=1, composed_prompt="a S* man").eval()
     ours.bnneck.running_mean.normal_()
     state = {"model": ours.state_dict(), "model_args": ours.model_args, "args": {"image_size": [64, 32]}}
