@@ -1,6 +1,6 @@
 """Write a trained model as one torch.export file, image -> feature: python -m extras.export
 
-It uses the simplified prompt, whose text feature is a constant. The file needs only torch.
+It uses the simplified prompt, whose text feature is a constant. The file needs only torch, and runs on any device.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python extra
 import clip
 from model import PromptSG
 from util import checkpoint
-from util.device import run_script, setup
+from util.device import run_script
 
 
 class ImageToFeature(nn.Module):
@@ -30,7 +30,7 @@ class ImageToFeature(nn.Module):
         self.bnneck = model.bnneck
         self.register_buffer("text", model.simplified_text)
         for name, values in (("mean", clip.MEAN), ("std", clip.STD)):  # buffers, because the graph names no device
-            self.register_buffer(name, torch.tensor(values, device=self.text.device).view(1, 3, 1, 1))
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB uint8 (B, 3, H, W) -> features (B, D), of length 1. Raises NotImplementedError for floats."""
@@ -42,12 +42,11 @@ class ImageToFeature(nn.Module):
 
 @torch.no_grad()
 def export(model: PromptSG, path: Path) -> None:
-    """Write ImageToFeature, for batches of up to 65,536, load it again and compare it with the model.
+    """Write ImageToFeature of a model on the CPU, for batches of up to 65,536; load it and compare it with the model.
 
     Raises ValueError if they differ by more than 1e-5.
     """
-    device = model.simplified_text.device
-    few, more = (torch.randint(256, (B, 3, *model.image_size), dtype=torch.uint8, device=device) for B in (2, 5))
+    few, more = (torch.randint(256, (B, 3, *model.image_size), dtype=torch.uint8) for B in (2, 5))
     batch = torch.export.Dim("batch", max=2**16)
     program = torch.export.export(ImageToFeature(model).eval(), (few,), dynamic_shapes=({0: batch},))
     content = io.BytesIO()  # on a full disk, torch's own writer of files would end the process
@@ -69,7 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--output", type=Path, default=Path("model.pt2"), metavar="FILE.pt2", help="file (default: model.pt2)")
-    add("--device", default="cpu", help="kind of device that the file is for (default: cpu)")
     args = parser.parse_args(argv)
     if args.output.suffix != ".pt2" or not args.output.parent.is_dir():
         parser.error(f"cannot write {args.output}: give a name that ends in .pt2, in a directory that exists")
@@ -78,8 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = setup(args.device)
-    export(PromptSG.load(args.checkpoint or checkpoint.newest(), device), args.output)
+    export(PromptSG.load(args.checkpoint or checkpoint.newest()), args.output)
 
 
 if __name__ == "__main__":
