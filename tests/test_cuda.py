@@ -144,12 +144,16 @@ def test_features_and_metrics_are_the_cpus(trained):
 @needs_cuda
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_out_of_memory_is_one_line(workplace, trained, script):
-    torch.cuda.empty_cache()
-    limit = torch.cuda.memory_reserved() + 30 * 2**20
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    """In a training step of large images; and where the model itself does not fit into an occupied GPU."""
     evaluation = f"--checkpoint {trained}/runs/synthetic-tiny/last.pt --device cuda"
-    flags = {"train.py": ON_CUDA, "evaluate.py": evaluation}[script]
-    refused(run(script, flags, workplace), "out of GPU memory", {"train.py": "--batch-ids", "evaluate.py": ""}[script])
+    mib, flags, advice = {
+        "train.py": (80, ON_CUDA + " --image-size 256 128 --eval-every 0", "--batch-ids"),
+        "evaluate.py": (20, evaluation, "nvidia-smi"),
+    }[script]
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + mib * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    refused(run(script, flags, workplace), "out of GPU memory", advice)
 
 
 @needs_cuda
