@@ -162,11 +162,8 @@ def test_the_exported_model_runs_on_the_gpu(trained, tmp_path):
     path = trained / "runs/synthetic-tiny/last.pt"
     output_of("extras/export.py", f"--checkpoint {path} --output {tmp_path}/model.pt2", tmp_path)
     name = f"cuda:{torch.cuda.device_count() - 1}"
-    features = (
-        torch.export.load(tmp_path / "model.pt2")
-        .module()
-        .to(name)(torch.zeros(3, 3, 128, 64, dtype=torch.uint8, device=name))
-    )
+    images = torch.zeros(3, 3, *PromptSG.load(path).image_size, dtype=torch.uint8, device=name)
+    features = torch.export.load(tmp_path / "model.pt2").module().to(name)(images)
     torch.testing.assert_close(features.norm(dim=1).cpu(), torch.ones(3))
 
 
