@@ -144,12 +144,16 @@ def test_features_and_metrics_are_the_cpus(trained):
 @needs_cuda
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_out_of_memory_is_one_line(workplace, trained, script):
-    torch.cuda.empty_cache()
-    limit = torch.cuda.memory_reserved() + 30 * 2**20
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    """In a training step of large images; and where the model itself does not fit into an occupied GPU."""
     evaluation = f"--checkpoint {trained}/runs/synthetic-tiny/last.pt --device cuda"
-    flags = {"train.py": ON_CUDA, "evaluate.py": evaluation}[script]
-    refused(run(script, flags, workplace), "out of GPU memory", {"train.py": "--batch-ids", "evaluate.py": ""}[script])
+    mib, flags, advice = {
+        "train.py": (80, ON_CUDA + " --image-size 256 128 --eval-every 0", "--batch-ids"),
+        "evaluate.py": (20, evaluation, "nvidia-smi"),
+    }[script]
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + mib * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    refused(run(script, flags, workplace), "out of GPU memory", advice)
 
 
 @needs_cuda
@@ -158,11 +162,8 @@ def test_the_exported_model_runs_on_the_gpu(trained, tmp_path):
     path = trained / "runs/synthetic-tiny/last.pt"
     output_of("extras/export.py", f"--checkpoint {path} --output {tmp_path}/model.pt2", tmp_path)
     name = f"cuda:{torch.cuda.device_count() - 1}"
-    features = (
-        torch.export.load(tmp_path / "model.pt2")
-        .module()
-        .to(name)(torch.zeros(3, 3, 128, 64, dtype=torch.uint8, device=name))
-    )
+    images = torch.zeros(3, 3, *PromptSG.load(path).image_size, dtype=torch.uint8, device=name)
+    features = torch.export.load(tmp_path / "model.pt2").module().to(name)(images)
     torch.testing.assert_close(features.norm(dim=1).cpu(), torch.ones(3))
 
 
