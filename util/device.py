@@ -189,7 +189,8 @@ def end_loader_processes() -> None:
 def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
     """Return one line about an error that a user can fix, or None for a programming error."""
     text = str(error).strip() or type(error).__name__
-    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    # Signs of other libraries. Out of memory, cuBLAS may be "not initialized" too.
+    signs = ("CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs):
         return f"out of GPU memory ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated): {on_out_of_memory}"
     if any(cls.__module__ == "torch._dynamo.exc" for cls in type(error).__mro__):
@@ -197,8 +198,8 @@ def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
     if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
         return None
     # A ValueError that no `raise` statement raised ("too many values to unpack") is a mistake in the code.
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, ValueError) and not (last.line or "raise").startswith("raise"):
+    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and lines and not lines[-1].startswith("raise"):
         return None
     # A loader process puts its traceback before the message.
     return text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
