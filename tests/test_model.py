@@ -122,6 +122,15 @@ def test_text_features_are_in_the_space_of_clips_image_features(make_model):
 # ------------------------------------------------------------------------------------------------- retrieval
 
 
+def test_images_are_normalised_with_the_published_numbers_of_clip():
+    """github.com/openai/CLIP, clip.py: Normalize((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))."""
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 3, 1, 3)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None]
+    expected = (torch.tensor([0, 0.2, 1]) - mean) / std
+    torch.testing.assert_close(clip.normalize(images), expected[None, :, None].expand(2, 3, 1, 3))
+
+
 def test_the_retrieval_feature_is_taken_after_the_bnneck(make_model, images):
     model = make_model().eval()
     model.bnneck.running_mean.normal_()
