@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest  # noqa: F401, puts the repository on the path for torchrun
 import pytest
 import torch
 import torch.distributed as dist
@@ -206,7 +207,8 @@ def test_torchrun_trains_and_a_dead_process_ends_the_run(demo_root, tmp_path):
         process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
-        while "epoch 3/1000" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
+        while "epoch 3/1000" not in (tmp_path / "out").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
             time.sleep(0.2)
         children = children_of(process.pid)
         os.kill(children[-1], signal.SIGKILL)

@@ -79,6 +79,18 @@ def test_every_row_trains_its_own_parts(workplace, row):
         assert ((tensor - expected[name]).abs() > 1e-6).float().mean() < 0.01, name
 
 
+def test_every_epoch_has_its_own_batches(workplace):
+    """Without learning, the loss changes with the images alone. An identity's images form other groups of K."""
+    output_of("train.py", f"{ONE_STEP} --epochs 2 --lr-visual 0 --lr-new 0", workplace)
+    first, second = map(json.loads, (workplace / "runs/synthetic-tiny/log.jsonl").read_text().splitlines())
+    assert first["loss_triplet"] != pytest.approx(second["loss_triplet"], rel=1e-4)
+    sampler, groups = data.PKSampler([0] * 8 + [1] * 8, num_ids=2, num_images=4), set()
+    for epoch in range(1, 6):
+        sampler.set_epoch(epoch)
+        groups |= {frozenset(index for index, _ in batch if index < 8) for batch in sampler}
+    assert len(groups) > 4
+
+
 @pytest.mark.parametrize("backbone, config", [("vit", SMALL_VIT), ("resnet", SMALL_RESNET)])
 def test_both_backbones_train_resume_and_evaluate_from_openais_archives(workplace, monkeypatch, backbone, config):
     sizes = {name: value for name, value in config.items() if name not in ("image_size", "last_stride")}
