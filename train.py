@@ -40,7 +40,9 @@ from util.device import (
 )
 
 CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
-TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": (128, 64)}
+TINY_DEFAULTS = {
+    "epochs": 28, "decay_every": 22, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64)
+}  # fmt: skip
 # Flags that may differ when a run is resumed: where it runs, how long, how often it is evaluated.
 FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "compile", "epochs", "eval_every")
 
@@ -65,13 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--deterministic", action="store_true", help="bit for bit reproducible on CUDA too, and slower")
 
     add = parser.add_argument_group("section 5.1").add_argument
-    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 16)")
-    add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16)")
+    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 28)")
+    add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16, tiny 8)")
     add("--batch-images", type=int, default=4, help="images per identity, K (default: 4)")
     add("--image-size", type=int, nargs=2, default=(256, 128), help="height and width (default: 256 128, tiny 128 64)")
-    add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 2e-4)")
+    add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 4e-4)")
     add("--lr-new", type=float, default=5e-5, help="learning rate of the new modules (default: 5e-5, tiny 2e-3)")
-    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 12)")
+    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 22)")
     add("--decay-factor", type=float, default=0.1, help="factor of a learning rate decay (default: 0.1)")
     add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
     add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
