@@ -105,6 +105,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--epochs and --decay-every must be at least 1")
     if args.backbone == "tiny" and args.clip_weights not in (None, "random"):
         parser.error("--backbone tiny has its own weights: drop --clip-weights, or give random")
+    for name in ("lr_visual", "lr_new", "weight_decay", "decay_factor", "supcon_weight", "eval_every", "seed"):
+        if not 0 <= getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0")
+    if not 0 <= args.label_smoothing <= 1:
+        parser.error("--label-smoothing must be between 0 and 1")
+    if args.temperature is not None and not args.temperature > 0:
+        parser.error("--temperature must be above 0")
+    if args.workers is not None and not 0 <= args.workers <= 128:
+        parser.error("--workers must be between 0 and 128")
     if any(side < 16 or side % 16 for side in args.image_size):
         parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
     try:
@@ -135,15 +144,15 @@ def main(argv: list[str] | None = None) -> None:
     sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, rank(), world_size())
     loader = data.train_loader(dataset.train, sampler, args.image_size, workers, pin_memory=device.type == "cuda")
 
-    # The checkpoint of the run to resume, if there is one.
+    # The checkpoint to resume from, if there is one.
     settings = {**vars(args), "precision": precision}
     defaults = vars(parse_args(["--backbone", args.backbone]))  # of flags that an older checkpoint lacks
     digest = data.digest(dataset.train)
-    state = checkpoint.find_run(folder, settings, defaults, FREE_FLAGS, digest) if args.resume else None
+    resumed = checkpoint.find_run(folder, settings, defaults, FREE_FLAGS, digest) if args.resume else None
 
     # Model: CLIP and the new modules around it.
-    if state:
-        model = restore_model(state)  # a checkpoint is complete: no weights are downloaded
+    if resumed:
+        model = restore_model(resumed)  # a checkpoint is complete: no weights are downloaded
     else:
         if args.clip_weights == "random":
             clip_model = clip.untrained(CLIP_NAMES[args.backbone], args.image_size, args.seed)
@@ -176,15 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=fused)
     scheduler = StepLR(optimizer, args.decay_every, args.decay_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     # Resume, or evaluate CLIP before training, while the new modules are still random.
     log, first_epoch = [], 1
-    if state:
-        for name in ("optimizer", "scheduler", "scaler"):
-            parts[name].load_state_dict(state[name])
-        log, first_epoch = state["log"], state["epoch"] + 1
-        print(f"resumed after epoch {state['epoch']}")
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        scaler.load_state_dict(resumed["scaler"])
+        log, first_epoch = resumed["log"], resumed["epoch"] + 1
+        print(f"resumed after epoch {resumed['epoch']}")
+        del resumed  # free the memory
     elif args.eval_every:
         result = evaluate.evaluate(model, dataset, "none", workers)
         print(f"CLIP before training: {evaluate.describe(result)}")
@@ -253,9 +263,17 @@ def main(argv: list[str] | None = None) -> None:
         # Save after an evaluation, after the last epoch, and if the last save is over a minute old.
         checkpoint.write_log(log, folder / "log.jsonl")
         if is_last or is_evaluated or time.monotonic() - saved_at > 60:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"epoch": epoch, "log": log, "train_digest": digest}
-            state |= {"args": settings, "model_args": model.model_args}
+            state = {
+                "args": settings,
+                "model_args": model.model_args,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": epoch,
+                "log": log,
+                "train_digest": digest,
+            }
             checkpoint.save(state, folder / "last.pt")  # to a temporary file, then renamed
             saved_at = time.monotonic()
 
