@@ -76,7 +76,7 @@ class Dataset(NamedTuple):
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
-    skipped: list[Path] = []  # files in the image folders without an image's name
+    skipped: list[Path] = []  # files whose names do not fit the layout
 
     @property
     def num_identities(self) -> int:
@@ -93,7 +93,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, root: str | Path = "data", subsets: tuple = ("train", "query", "gallery")) -> Dataset:
-    """Read the file names and lists of a dataset below `root`, without opening images. Other subsets stay empty.
+    """Read the file names and lists of a dataset below `root`. Subsets that are not listed stay empty.
 
     Raises FileNotFoundError, with the expected folders, if one is missing; ValueError if a name or list is malformed.
     """
@@ -192,9 +192,7 @@ def digest(samples: list[Sample]) -> str:
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # not EPS, for which Pillow runs Ghostscript
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
-    2**28
-)  # bytes; do not reject images with long text metadata
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; long text metadata is harmless
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -222,7 +220,7 @@ def open_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGB")
                 if has_16_bits and np.asarray(image).max() < 16:
                     raise OSError("16-bit values of at most 12 bits: use 8 bits")
-                image.info.clear()  # broken tags would stop exif_transpose
+                image.info.clear()  # exif_transpose fails on broken tags
                 image.getexif()[ExifTags.Base.Orientation] = orientation
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds
