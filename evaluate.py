@@ -97,7 +97,7 @@ def rank_metrics(
     A gallery image is correct for a query if it has the same identity and another camera. Images of the same identity
     and camera, and junk (identity -1), are ignored. A query without a correct image is skipped. AP is the mean of the
     precision at the ranks of the correct images. cmc[k - 1] is the share of queries with a correct image among the
-    first k. Ties are broken against the model.
+    first k. At equal similarity, wrong images come first.
 
     Only the correct images are sorted; wrong images are counted. With correct images at similarity 0.9 and 0.4 and a
     wrong one at 0.6, there are 0 wrong images before the first correct image and 1 before the second. The precisions
@@ -122,6 +122,7 @@ def rank_metrics(
     starts = torch.searchsorted(gallery_ids, query_ids).tolist()
     stops = torch.searchsorted(gallery_ids, query_ids, right=True).tolist()
 
+    # Rank the queries in chunks: the similarities of all queries would need too much memory.
     ap = query.new_full((len(query),), torch.nan, dtype=torch.double)
     wrong_before_first = []
     chunk = 1 + 2**25 // (1 + len(gallery))  # 128 MB of similarities at a time
@@ -129,7 +130,7 @@ def rank_metrics(
         end = min(begin + chunk, len(query))
         rows = similarities(begin, end)[:, order] if similarities else query[begin:end] @ gallery.T  # (chunk, G)
         for i, similarity in enumerate(rows, begin):
-            # The correct images are in the slice of the query's identity, whose other images are ignored.
+            # Of the query's identity, images from other cameras are correct. The query's camera is ignored.
             same_id = slice(starts[i], stops[i])
             correct = similarity[same_id][gallery_cams[same_id] != query_cams[i]].sort().values  # ascending
             if len(correct) == 0:
@@ -146,6 +147,7 @@ def rank_metrics(
         show_progress(end, len(query), "queries ranked")
     if not wrong_before_first:
         raise ValueError("no query has an image of its identity by another camera in the gallery: nothing to evaluate")
+    # A query counts for Rank-k if fewer than k wrong images come before its first correct image.
     cmc = torch.stack(wrong_before_first).bincount(minlength=len(gallery)).cumsum(0) / len(wrong_before_first)
     return {"mAP": ap.nanmean().item(), "cmc": cmc.cpu(), "ap": ap.cpu()}
 
@@ -189,7 +191,7 @@ def describe(result: dict) -> str:
 
 
 def write_features(path: Path, dataset: data.Dataset, query: Tensor, gallery: Tensor, space: dict) -> None:
-    """Write names, identities, cameras and features of query and gallery to a .npz file, with the values of `space`."""
+    """Write names, identities, cameras and features of query and gallery to .npz, and `space`, how they were made."""
     arrays = {name: np.asarray(value) for name, value in space.items()}
     for subset, features in (("query", query), ("gallery", gallery)):
         samples = getattr(dataset, subset)
