@@ -48,6 +48,7 @@ def k_reciprocal(
             entries, counts = join_runs(first_of_neighbour[j[own]], first_of_neighbour[j[own] + 1])
             minima = torch.minimum(V[order[entries]], V[own].repeat_interleave(counts))
             overlap = similarity.new_zeros(N - Q).index_add(0, i[order[entries]] - Q, minima)  # sums of min(V_q, V_g)
+            # Jaccard distance. Minima and maxima of two rows of V, each of sum 1, add up to 2.
             similarity -= (1 - weight) * (1 - overlap / (2 - overlap))
         return chunk
 
@@ -79,7 +80,7 @@ def find_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def encode_neighbours(
     features: Tensor, neighbours: Tensor, farthest: Tensor, half: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the expanded k-reciprocal neighbours of each image, R* of the paper, with weights.
+    """Return the k-reciprocal neighbours of each image, expanded by those of `half` neighbours (R* of the paper).
 
     Returns images i in ascending order, their neighbours j, and weights proportional to exp(-d(i, j)) with a sum of 1
     for each i: three tensors of equal length.
