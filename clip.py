@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.device import one_line
 from util.weights import fetch, find, read_weights
 
 # OpenAI's addresses. The last folder of an address is the sha256 of the file.
@@ -437,12 +436,11 @@ def load(
         model = CLIP(**sizes, image_size=image_size, last_stride=last_stride)
         name = "visual.positional_embedding" if sizes["patch_size"] else "visual.attnpool.positional_embedding"
         state_dict[name] = resize_positions(state_dict[name], model.grid)
+        check_names_and_shapes(state_dict, model.state_dict())
         model.load_state_dict(state_dict)
     except KeyError as error:
         raise ValueError(f"cannot use {path}: it lacks {error.args[0]}") from error
-    except RuntimeError as error:  # load_state_dict names the wrong weights
-        raise ValueError(f"cannot use {path}: {one_line(error)}") from error
-    except (IndexError, TypeError, ZeroDivisionError) as error:
+    except (IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"cannot use {path}: its tensors have other shapes than CLIP's") from error
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from error
@@ -467,6 +465,18 @@ def check_architecture(sizes: dict, name: str) -> None:
     wrong = [f"{key} {sizes[key]} instead of {expected[key]}" for key in sizes if sizes[key] != expected[key]]
     if wrong:
         raise ValueError(f"it is another CLIP than {name}: {', '.join(wrong)}")
+
+
+def check_names_and_shapes(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError if names or shapes of weights differ from those of `expected`."""
+    missing = [name for name in expected if name not in state_dict and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in state_dict if name not in expected]
+    for names, verb in ((missing, "lacks"), (unknown, "contains unexpected weights:")):
+        if names:
+            raise ValueError(f"it {verb} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    for name, tensor in state_dict.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"the shape of {name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
 
 
 def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0) -> CLIP:

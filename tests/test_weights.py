@@ -132,7 +132,7 @@ def refusal(source, **options) -> str:
     with pytest.raises(ValueError) as error:
         clip.load(source, **options)
     text = str(error.value)
-    assert str(source) in text and "\n" not in text
+    assert str(source) in text and "\n" not in text and "size mismatch" not in text
     return text
 
 
@@ -346,15 +346,15 @@ REFUSALS = {
     "nothing": ({}, "other weights than CLIP's"),
     "no dictionary": ([torch.zeros(3)], "no state dict"),
     "no tensors": ({"epoch": 3}, "no state dict"),
-    "missing": (changed({"visual.ln_post.bias": None}), 'Missing key(s) in state_dict: "visual.ln_post.bias"'),
+    "missing": (changed({"visual.ln_post.bias": None}), "it lacks visual.ln_post.bias"),
     "missing size": (changed({"text_projection": None}), "it lacks text_projection"),
-    "missing projection": (changed({"visual.proj": None}), 'Missing key(s) in state_dict: "visual.proj"'),
+    "missing projection": (changed({"visual.proj": None}), "it lacks visual.proj"),
     "missing positions": (changed({"visual.positional_embedding": None}), "it lacks visual.positional_embedding"),
-    "missing block": (changed(BLOCK), 'Missing key(s) in state_dict: "transformer.resblocks.0.'),
+    "missing block": (changed(BLOCK), "and 11 more"),
     "missing of transformers": ({n: t for n, t in THEIRS.items() if n != K_PROJ}, f"it lacks {K_PROJ}"),
-    "extra": (changed({"visual.unknown": torch.zeros(3)}), 'Unexpected key(s) in state_dict: "visual.unknown"'),
-    "number as name": ({**WHOLE, 3: torch.zeros(3)}, 'Unexpected key(s) in state_dict: "3"'),
-    "shape": (changed({"visual.proj": torch.zeros(128, 95)}), "size mismatch for visual.proj"),
+    "extra": (changed({"visual.unknown": torch.zeros(3)}), "unexpected weights: visual.unknown"),
+    "number as name": ({**WHOLE, 3: torch.zeros(3)}, "unexpected weights: 3"),
+    "shape": (changed({"visual.proj": torch.zeros(128, 95)}), "visual.proj is [128, 95] instead of [128, 96]"),
     "flat": (changed({"text_projection": torch.zeros(128)}), "other shapes"),
     "flat convolution": (changed({"visual.conv1.weight": torch.zeros(128, 768)}), "other shapes"),
     "module": (torch.nn.Linear(2, 2), "holds Python objects, such as a whole model"),
