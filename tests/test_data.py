@@ -177,6 +177,13 @@ def test_images_of_every_mode_and_size_are_read(tmp_path, mode, size):
     assert (pixels.float() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 3
 
 
+def test_images_are_resized_bicubically_with_antialiasing(tmp_path):
+    image = Image.effect_noise((50, 90), 50).convert("RGB")
+    image.save(tmp_path / "image.png")
+    expected = torch.tensor(np.asarray(image.resize((16, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (data.read_image(tmp_path / "image.png", (32, 16)).int() - expected.int()).abs().max() <= 1
+
+
 def png(kind: int, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
     """Return a PNG of 16-bit values (H, W, channels). Pillow cannot write colours of 16 bits."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -327,7 +334,9 @@ def test_augmentation_flips_crops_and_erases_as_often_as_it_should():
     assert 0.43 < erased.any((1, 2)).float().mean() < 0.57
     area = erased.float().mean((1, 2))[erased.any((1, 2))]
     assert area.max() < 0.45 and area.mean() > 0.1
-    assert (results == 0).all(1).any((1, 2)).float().mean() > 0.8  # a shift of up to 10 pixels, by zeros
+    black = (results == 0).all(1)  # a shift of up to 10 pixels, by zeros
+    assert black.any((1, 2)).float().mean() > 0.8
+    assert black.all(2).sum(1).max() == black.all(1).sum(1).max() == 10  # rows and columns
     column = results[:, 0].float()
     left_darker = [(row[:, :10][row[:, :10] > 200].mean() < row[:, -10:][row[:, -10:] > 200].mean()) for row in column]
     assert 0.4 < sum(map(float, left_darker)) / 600 < 0.6

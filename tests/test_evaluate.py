@@ -115,6 +115,13 @@ def test_rank_metrics_follow_the_definition(seed, ties):
     assert metrics["cmc"].tolist()[: len(cmc)] == pytest.approx(cmc[: len(metrics["cmc"])], abs=1e-6)
 
 
+def test_queries_are_ranked_in_chunks():
+    """600 queries with 72,000 images are two chunks; the second 300 queries equal the first."""
+    problem = random_problem(0, ties=True)
+    ap = rank_metrics(*(torch.cat([x] * copies) for x, copies in zip(problem, (2, 800) * 3)))["ap"]
+    assert torch.equal(ap[:300].nan_to_num(), ap[300:].nan_to_num())
+
+
 def test_small_random_tables_follow_the_definition_or_are_refused():
     """A hundred tables of a few identities and cameras, many without any correct image."""
     rng, refusals = random.Random(0), 0
