@@ -68,11 +68,11 @@ def extract_dataset(model: PromptSG, dataset: data.Dataset, prompt: str | None =
     """
     paths = [sample.path for sample in (*dataset.query, *dataset.gallery)]
     start = time.perf_counter()
-    # Each process extracts every world_size-th image. Padding gives all of them the same number, for gather.
+    # Each process extracts an equal share. The paths are padded so that the shares are equal, as gather needs.
     padded = paths + paths[:1] * (-len(paths) % world_size())
-    own = extract(model, padded[rank() :: world_size()], prompt, workers=workers)
-    # Restore the order of the images, and drop the padding.
-    features = gather(own).unflatten(0, (world_size(), len(own))).transpose(0, 1).flatten(0, 1)[: len(paths)]
+    share = len(padded) // world_size()
+    own = extract(model, padded[rank() * share : (rank() + 1) * share], prompt, workers=workers)
+    features = gather(own)[: len(paths)]
     speed = len(paths) / (time.perf_counter() - start)
     device = next(model.parameters()).device
     features = features.to(device if device.type == "cuda" else "cpu")

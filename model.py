@@ -262,9 +262,9 @@ def restore_model(state: dict) -> PromptSG:
         sizes = read_sizes(clip_weights)
     except (KeyError, IndexError) as error:
         raise ValueError(f"the checkpoint's weights are not those of a CLIP ({one_line(error)})") from error
-    model = PromptSG(CLIP(**sizes, image_size=tuple(state["args"]["image_size"])), **state["model_args"])
     try:
+        model = PromptSG(CLIP(**sizes, image_size=tuple(state["args"]["image_size"])), **state["model_args"])
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's weights do not fit its model_args ({one_line(error)})") from error
     return model.eval()

@@ -37,6 +37,8 @@ def setup(name: str | None = None, deterministic: bool = False) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise  # run_script says what to do
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here ({one_line(error).split('. ')[0]})") from error
     if device.type == "cuda" and device.index is not None:
