@@ -41,7 +41,8 @@ from util.device import (
 
 CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 TINY_DEFAULTS = {
-    "epochs": 28, "decay_every": 22, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64)
+    "epochs": 28, "decay_every": 22, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64),
+    "eval_every": 28,
 }  # fmt: skip
 # Flags that may differ when a run is resumed: where it runs, how long, how often it is evaluated.
 FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "compile", "epochs", "eval_every")
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu and cuda are tested; mps, xpu, ... may work (default: cuda if available, otherwise cpu)")
     add("--precision", choices=PRECISIONS, help="precision of training (default: bf16 on CUDA, otherwise fp32)")
     add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
-    add("--eval-every", type=int, default=10, help="epochs between two evaluations; 0: never (default: 10)")
+    add("--eval-every", type=int, default=10, help="epochs between two evaluations; 0: never (default: 10, tiny 28)")
     add("--compile", action="store_true", help="use torch.compile")
     add("--deterministic", action="store_true", help="bit for bit reproducible on CUDA too, and slower")
 
