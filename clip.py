@@ -63,6 +63,8 @@ def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def normalize(images: Tensor) -> Tensor:
     """Normalise uint8 images (B, 3, H, W) with CLIP's mean and standard deviation; return float32 (B, 3, H, W)."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255, not {images.dtype}")
     mean, std = mean_and_std(images.device)
     return (images / 255 - mean) / std
 

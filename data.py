@@ -201,9 +201,9 @@ def open_image(path: str | Path) -> Image.Image:
     16-bit values are divided by 256. Raises OSError if this would make an image black (16-bit files with 10- or 12-bit
     values), for 32-bit values, above 89 million pixels (Pillow's limit), and if Pillow cannot read the file.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait forever
+        raise FileNotFoundError(f"no image file {printable(path)}: give another path, or unpack the dataset again")
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait forever
-            raise OSError("no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -29,7 +29,7 @@ METRICS = ("mAP", "rank1", "rank5", "rank10")
 # ------------------------------------------------------------------------------------------------- features
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(
     model: PromptSG, paths: Sequence[str | Path], prompt: str | None = None, batch_size: int = 128, workers: int = 0
 ) -> Tensor:
@@ -42,6 +42,7 @@ def extract(
 
     Raises OSError with the names of all unreadable images, and ValueError as `PromptSG.embed` does.
     """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     device, was_training = next(model.parameters()).device, model.training
     loader = data.image_loader(paths, model.image_size, batch_size, workers, pin_memory=device.type == "cuda")
     features, errors, done = [torch.empty(0, model.bnneck.num_features, device=device)], [], 0
@@ -170,10 +171,13 @@ def rank_dataset(dataset: data.Dataset, query: Tensor, gallery: Tensor, similari
 def evaluate(model: PromptSG, dataset: data.Dataset, prompt: str | None = None, workers: int = 0) -> dict:
     """Evaluate a model on query and gallery. Returns the results of `extract_dataset` and `rank_dataset` in one dict.
 
-    Raises ValueError if all images are from one camera, and as `extract` and `rank_metrics` do.
+    Raises ValueError if no query has a correct image, and as `extract` and `rank_metrics` do.
     """
-    if len({sample.camid for sample in dataset.query + dataset.gallery}) == 1:
-        raise ValueError("all query and gallery images are from one camera: train with --eval-every 0")
+    # Known from the names, before any feature is extracted.
+    gallery = {(sample.pid, sample.camid) for sample in dataset.gallery}
+    cameras = {camera for _, camera in gallery}
+    if not any((sample.pid, camera) in gallery for sample in dataset.query for camera in cameras - {sample.camid}):
+        raise ValueError("no query has an image of its identity from another camera: train with --eval-every 0")
     features = extract_dataset(model, dataset, prompt, workers)
     return {**features, **rank_dataset(dataset, features["query"], features["gallery"])}
 

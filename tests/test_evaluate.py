@@ -16,6 +16,7 @@ import data
 import evaluate
 from evaluate import extract, rank_metrics
 from model import PromptSG
+from util.pairs import compare_pairs
 from util.rerank import k_reciprocal
 
 # -------------------------------------------------------------------------------------------------- features
@@ -285,3 +286,19 @@ def test_mean_average_precision_of_a_dataset(make_model, demo_root):
     metrics = rank_metrics(*features, *tables)
     assert result["mAP"] == pytest.approx(metrics["mAP"], abs=1e-6)
     assert [result[f"rank{k}"] for k in (1, 5, 10)] == pytest.approx(metrics["cmc"][[0, 4, 9]].tolist())
+
+
+def test_thresholds_are_those_of_all_pairs():
+    """compare_pairs against numpy over all pairs of query and gallery."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (60, 90))
+    tables = [torch.randint(0, high, (n,), generator=generator) for high in (5, 3) for n in (60, 90)]
+    found = compare_pairs(query, gallery, *tables)
+    query_ids, gallery_ids, query_cams, gallery_cams = (table.numpy() for table in tables)
+    similarity, same_id = (query @ gallery.T).numpy(), query_ids[:, None] == gallery_ids
+    same, different = similarity[same_id & (query_cams[:, None] != gallery_cams)], similarity[~same_id]
+    assert found["same"] == pytest.approx(same.mean(), abs=1e-6)
+    assert found["different"] == pytest.approx(different.mean(), abs=1e-6)
+    for row in found["thresholds"]:
+        assert (different > row["threshold"]).sum() == int(row["different_accepted"] * len(different))
+        assert row["same_accepted"] == pytest.approx((same > row["threshold"]).mean(), abs=1e-6)

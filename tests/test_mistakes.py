@@ -67,7 +67,7 @@ ROWS = [
     ("--decay-every 0", "must be at least 1"),
     ("--backbone vit --image-size 100 64", "--image-size must be two multiples of 16"),
     ("--composed-prompt person", "must contain S* once"),
-    (f"--temperature 0 {NEW}", "loss_supcon not finite in epoch 1, step 1"),
+    (f"--temperature 0 {NEW}", "--temperature must be above 0"),
     ("--device cuda:99", "--device cuda:99 cannot be used here"),
     ("evaluate.py --device gpu", "--device gpu cannot be used here"),
     ("evaluate.py --rerank 20", "--rerank takes k1 and k2"),

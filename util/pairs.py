@@ -38,7 +38,7 @@ def compare_pairs(
     different = (query[q] @ gallery[g].T)[query_ids[q, None] != gallery_ids[g]]
 
     thresholds = []
-    for share in SHARES:
+    for share in SHARES if len(different) else ():  # a single identity has no different pairs
         threshold = different.kthvalue(len(different) - int(share * len(different))).values
         accepted = (same > threshold).float().mean().item()
         thresholds.append({"different_accepted": share, "threshold": threshold.item(), "same_accepted": accepted})
@@ -50,7 +50,7 @@ def describe_pairs(pairs: dict) -> str:
     lines = [f"mean similarity: {pairs['same']:.3f} same identity, {pairs['different']:.3f} different identities"]
     for row in pairs["thresholds"]:
         lines.append(
-            f"threshold {row['threshold']:.3f} accepts {row['different_accepted']:.1%} of different pairs "
+            f"threshold {row['threshold']:.4f} accepts at most {row['different_accepted']:.1%} of different pairs, "
             f"and {row['same_accepted']:.1%} of same pairs"
         )
     return "\n".join(lines)

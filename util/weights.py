@@ -176,8 +176,8 @@ def read_file(path: Path, is_trusted: bool) -> object:
     if is_torchscript(path):
         if not is_trusted:
             raise ValueError(
-                "it is TorchScript, whose code would run, and not OpenAI's own file (or a damaged one): if you trust "
-                "it, torch.save(torch.jit.load(path).state_dict(), new_path) and give the new file"
+                "it is TorchScript, whose code would run, and not OpenAI's ViT-B-16.pt or RN50.pt (or damaged): if you "
+                "trust it, torch.save(torch.jit.load(path).state_dict(), new_path) and give the new file"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, but nothing else opens OpenAI's TorchScript archives
