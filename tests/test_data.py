@@ -236,14 +236,13 @@ def test_unreadable_images_are_named_in_one_line_and_stop_nothing(tmp_path, monk
     Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tif")
     os.mkfifo(tmp_path / "pipe.jpg")
     reasons = {"empty.jpg": "", "drawing.jpg": "", "half.jpg": "truncated", "huge.png": "exceeds limit"}
-    reasons |= {"int.tif": "integer values", "float.tif": "float values", "pipe.jpg": "no such", "no.jpg": "no such"}
+    reasons |= {"int.tif": "integer values", "float.tif": "float values", "pipe.jpg": "no image file", "no.jpg": "no image file"}
     paths = [str(tmp_path / name) for name in ("good.jpg", *reasons, "good.jpg")]
     batches = list(data.image_loader(paths, (32, 16), batch_size=4, workers=1))
     images, errors = torch.cat([images for images, _ in batches]), [e for _, errors in batches for e in errors]
     assert torch.equal(images[0], images[-1]) and images[0].any() and not images[1:-1].any()
     for error, path in zip(errors, paths[1:-1], strict=True):
-        assert error.startswith(f"cannot read image {path} (") and error.endswith("): replace or remove it")
-        assert reasons[Path(path).name] in error and "\n" not in error
+        assert path in error and reasons[Path(path).name] in error and "\n" not in error
     assert (tmp_path / "was-not-run").exists()
 
 
