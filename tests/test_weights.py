@@ -22,8 +22,8 @@ import clip
 from util import weights as weight_files
 
 # Every twelfth of 96 numbers: the second image of `formula_images` at 256x128, with weights for 224x224. Recorded from
-# - vit and resnet: github.com/openai/CLIP, clip/model.py, `build_model`, with the position embedding interpolated by
-#   torch (bicubic) and the two pools of layer4.0 replaced by nn.Identity (last stride 1). open_clip 3.3.0 gave the same.
+# - vit and resnet: github.com/openai/CLIP, clip/model.py, `build_model`, with the position embedding interpolated
+#   by torch (bicubic) and the two pools of layer4.0 replaced by nn.Identity (last stride 1). open_clip 3.3.0 agrees.
 # - transformers: CLIPModel of transformers 4.57.6, with interpolate_pos_encoding=True.
 IMAGE_FEATURES = {
     "vit": [-0.71398, -0.19495, -0.17918, 0.57809, 0.18768, 1.03579, -1.12564, 0.74959],
