@@ -1,4 +1,4 @@
-"""The demo: drawings, masks, captions, and the small CLIP that was pre-trained on them."""
+"""The demo: drawings, masks, captions, and the small CLIP pre-trained on them."""
 
 import random
 import sys
@@ -15,20 +15,20 @@ import clip  # noqa: E402
 from demo import draw, tiny_clip  # noqa: E402
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def test_dataset_depends_on_the_seed_only(tmp_path):
+def test_drawings_depend_only_on_the_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         draw.draw_dataset(tmp_path / name, train_ids=2, test_ids=1, seed=seed)
-    a, b, c = (files(tmp_path / name) for name in "abc")
+    a, b, c = (contents_of(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and not set(a.values()) & set(c.values())
     folders = [Path(name).parts[0] for name in a]
     assert [folders.count(x) for x in ("bounding_box_train", "query", "bounding_box_test", "masks")] == [16, 4, 4, 24]
 
 
-def test_existing_dataset_is_kept(tmp_path, capsys):
+def test_an_existing_dataset_is_kept(tmp_path, capsys):
     draw.draw_dataset(tmp_path / "a", train_ids=2, test_ids=1)
     assert "drawing" in capsys.readouterr().out
     (tmp_path / "a" / "mark.txt").touch()
@@ -40,15 +40,15 @@ RECORDED = [[134, 118, 127], [136, 121, 130], [128, 125, 125], [121, 130, 139]]
 RECORDED += [[109, 120, 110], [110, 113, 106], [146, 115, 108], [91, 54, 37]]
 
 
-def test_recorded_image():
-    """Mean colours of eight parts of one drawing. Another version of Pillow changes them only by rounding."""
+def test_a_drawing_matches_its_recorded_colours():
+    """Mean colours of eight parts of the image. Another version of Pillow changes them only by rounding."""
     image, _ = draw.draw_sample(draw.person_of(7), 1, draw.image_rng(7, 0))
     found = np.asarray(image.resize((2, 4), Image.Resampling.BOX)).reshape(-1, 3)
     assert np.abs(found.astype(int) - RECORDED).max() <= 2
 
 
-def test_masks_lie_where_the_person_is():
-    """The mask covers the pixels that differ from the same background without a person; a part lies in the mask."""
+def test_masks_match_the_person():
+    """The mask of the red top is inside the person's mask, and only the top is red."""
     person = draw.person_of(3)._replace(pattern="plain", top=draw.CLOTHES["red"], hat=None)
     for number in range(6):
         image, mask = draw.draw_sample(person, 2, draw.image_rng(3, number))
@@ -58,7 +58,7 @@ def test_masks_lie_where_the_person_is():
         assert top.any() and not (top & ~mask).any() and red[top].mean() > 0.9 > 0.1 > red[mask & ~top].mean()
 
 
-def test_captions_name_what_is_worn():
+def test_captions_name_up_to_two_things_that_the_person_wears():
     rng, counts = random.Random(0), set()
     for pid in range(200):
         person = draw.person_of(pid)
@@ -70,17 +70,17 @@ def test_captions_name_what_is_worn():
     assert counts == {0, 1, 2}
 
 
-def test_pretraining_lowers_the_loss_and_writes_only_the_output(tmp_path, capsys):
+def test_pretraining_lowers_the_loss_and_writes_only_its_output(tmp_path, capsys):
     tracked = tiny_clip.WEIGHTS.read_bytes()
     with pytest.raises(SystemExit):  # --output has no default
         tiny_clip.main([])
-    tiny_clip.main(f"--output {tmp_path / 'new.pt'} --images 256 --batch-size 32 --epochs 3".split())
+    tiny_clip.main(f"--output {tmp_path / 'new.pt'} --images 96 --batch-size 32 --epochs 2".split())
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert losses[0] > losses[1] > losses[2]
+    assert losses[0] > losses[1]
     assert tiny_clip.WEIGHTS.read_bytes() == tracked and [path.name for path in tmp_path.iterdir()] == ["new.pt"]
 
 
-def test_tiny_clip_knows_some_words():
+def test_the_pretrained_clip_knows_some_words():
     model = tiny_clip.load()
     accuracies = tiny_clip.zero_shot(model, tiny_clip.Drawings(128, 1, "test"))
     assert accuracies["colour of the top"] > 0.3 and accuracies["person or empty place"] > 0.8  # chance: 0.08, 0.5
