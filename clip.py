@@ -1,10 +1,10 @@
-"""CLIP (Radford et al., 2021), small enough to read, loading OpenAI's weights unchanged.
+"""CLIP (Radford et al., 2021) in one file. It loads OpenAI's weights unchanged.
 
-What PromptSG needs and the original does not give: every image token in the joint space, the last three
-states of the visual encoder, pictures that are not square, and text that starts from embeddings rather than ids.
+Differences from OpenAI's code: the visual encoder projects all image tokens into the joint space and returns its last
+three states, images need not be square, and texts can be encoded from token embeddings.
 
-Symbols: B images, M patches, W width of the visual encoder, D joint embedding, N texts, L tokens a text,
-T width of the text encoder.
+Symbols: B images, M patches, N texts, L tokens of a sequence, W width of a transformer or feature map, T width of the
+text encoder, D dimension of the joint space.
 """
 
 import gzip
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from util.weights import fetch, find, read_weights
 
-# OpenAI's addresses. The folder before the file's name is the file's sha256.
+# OpenAI's addresses. The last folder of an address is the sha256 of the file.
 URLS = {
     "ViT-B/16": "https://openaipublic.azureedge.net/clip/models/"
     "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
     "RN50": "https://openaipublic.azureedge.net/clip/models/"
     "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
 }
-# The same weights on the Hugging Face hub, for when OpenAI's addresses fail: folder at a fixed revision, sha256.
+# The same weights on the Hugging Face hub, used if OpenAI's address fails: folder at a fixed revision, sha256.
 HUB = {
     "ViT-B/16": (
         "timm/vit_base_patch16_clip_224.openai/resolve/977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d",
@@ -43,21 +43,21 @@ HUB = {
     ),
 }
 
-# For random weights and for --backbone: loaded weights bring their own sizes.
+# Sizes for random weights, and to check weights against --backbone. `load` reads sizes off the weights.
 ARCHITECTURES = {
     "ViT-B/16": dict(embed_dim=512, vision_layers=12, vision_width=768, patch_size=16),
     "RN50": dict(embed_dim=1024, vision_layers=(3, 4, 6, 3), vision_width=64),
     "tiny": dict(embed_dim=128, vision_layers=3, vision_width=128, patch_size=16, text_width=128, text_layers=2),
 }
 
-# Mean and standard deviation of the images that CLIP was trained on: red, green, blue.
+# Mean and standard deviation of CLIP's training images (red, green, blue; values from 0 to 1).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @lru_cache
 def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return MEAN and STD as tensors (1, 3, 1, 1); cached, because a copy to the device makes the host wait."""
+    """Return MEAN and STD as tensors (1, 3, 1, 1). They are cached, because each copy to a GPU blocks the CPU."""
     return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (MEAN, STD))
 
 
@@ -77,24 +77,24 @@ WORD = regex.compile(
 
 
 class Tokenizer:
-    """CLIP's lower-cased byte-pair encoding of 49,408 tokens."""
+    """CLIP's byte-pair encoding of lower-cased text, with a vocabulary of 49,408 tokens."""
 
     def __init__(self):
-        # A byte that prints stands for itself, any other for a letter from 256 on, so that no symbol is a space.
+        # Each byte has a visible symbol: its own character if that is printable, otherwise one from chr(256) on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in printable]
-        self.symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+        others = [byte for byte in range(256) if byte not in printable]
+        self.symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
         lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file holds more than CLIP uses
-        letters = list(self.symbols.values())
-        tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # CLIP uses part of the file
+        symbols = list(self.symbols.values())
+        tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # the lowest rank is merged first
         self.ids = {token: i for i, token in enumerate(tokens)}
         self.size = len(tokens)
 
     def split_word(self, word: str) -> tuple[str, ...]:
-        """Merges the symbols of one word, the most frequent pair of CLIP's vocabulary first, until none is left."""
+        """Return the tokens of a word, given as symbols: merge the pair of the lowest rank until no pair has a rank."""
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             best = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, math.inf))
@@ -110,7 +110,7 @@ class Tokenizer:
         return tuple(parts)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without the start and end tokens."""
+        """Return the token ids of a text, without the start and end tokens."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = regex.sub(r"\s+", " ", text).strip().lower()
         ids = []
@@ -123,15 +123,15 @@ class Tokenizer:
         return ids
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def tokenizer() -> Tokenizer:
     return Tokenizer()
 
 
 def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
-    """Start token, text, end token, then zeros: LongTensor (N, context_length), as CLIP's own `tokenize`.
+    """Return the token ids of texts, int64 (N, context_length): start token, text, end token, zeros.
 
-    Raises ValueError if a text needs more than `context_length` tokens.
+    Equal to OpenAI's `clip.tokenize`. Raises ValueError if a text needs more than `context_length` tokens.
     """
     texts = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -148,7 +148,7 @@ def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its parameters named as in torch's nn.MultiheadAttention, which CLIP used."""
+    """Multi-head self-attention, with the parameter names of nn.MultiheadAttention, which OpenAI's code uses."""
 
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
@@ -161,28 +161,27 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(B, N, W) -> (B, N, W)"""
-        B, N, W = x.shape
+        """Let each token attend to all tokens, or to itself and those before (causal): (B, L, W) -> (B, L, W)."""
+        B, L, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W / heads)
-        if self.keep_probabilities:  # the same in the open, for extras/look.py; never causal
-            self.probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, N, N), with its gradient
+        q, k, v = qkv.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, L, W / heads)
+        if self.keep_probabilities:  # explicit softmax, for the attention maps of extras/look.py; not causal
+            self.probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, L, L)
             x = self.probabilities @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, N, W))
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, W))
 
 
 class QuickGELU(nn.Module):
     """The approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, element by element."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """CLIP's pre-norm transformer block; `depth`, the number of blocks in a row, only scales the random weights."""
+    """CLIP's pre-norm transformer block. `depth`, the number of blocks of the model, scales random weights only."""
 
     def __init__(self, width: int, heads: int, depth: int):
         super().__init__()
@@ -197,25 +196,27 @@ class ResidualAttentionBlock(nn.Module):
         nn.init.normal_(self.mlp.c_proj.weight, std=(2 * depth * width) ** -0.5)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(B, N, W) -> (B, N, W)"""
+        """Add attention and MLP to the residual stream: (B, L, W) -> (B, L, W)."""
         x = x + self.attn(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
+    """CLIP's transformer blocks, of the visual encoder or of the text encoder."""
+
     def __init__(self, width: int, layers: int):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads(width), layers) for _ in range(layers))
 
     def forward(self, x: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-        """(B, N, W) -> what the last block takes and what it gives, each (B, N, W)"""
+        """Return the input and the output of the last block, each (B, L, W), for token embeddings x (B, L, W)."""
         for block in self.resblocks:
             before, x = x, block(x, causal)
         return before, x
 
 
 def num_heads(width: int) -> int:
-    """CLIP's rule: 64 channels a head."""
+    """Return the number of attention heads: one per 64 channels, as in CLIP."""
     return max(1, width // 64)
 
 
@@ -223,12 +224,16 @@ def num_heads(width: int) -> int:
 
 
 class ImageFeatures(NamedTuple):
-    embedding: Tensor  # (B, D) the global visual embedding v, which is tokens[:, 0]
-    tokens: Tensor  # (B, 1 + M, D) every token in the joint space: X = {v~, v_1 .. v_M}
-    states: list[Tensor]  # for the triplet loss: the encoder's last three, two of its own width and v
+    """Output of a visual encoder."""
+
+    embedding: Tensor  # (B, D) global visual embedding v, equal to tokens[:, 0]
+    tokens: Tensor  # (B, 1 + M, D) all tokens in the joint space: X = {v~, v_1 .. v_M} of section 4.2
+    states: list[Tensor]  # for the triplet loss: outputs of the last two layers (B, width), and v (B, D)
 
 
 class VisionTransformer(nn.Module):
+    """CLIP's ViT."""
+
     def __init__(self, grid: tuple[int, int], patch_size: int, width: int, layers: int, embed_dim: int):
         super().__init__()
         scale = width**-0.5
@@ -241,10 +246,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, H, W) -> features.
-
-        The states are CLIP-ReID's: the class token before the last block, after it and ln_post, and in the joint space.
-        """
+        """Encode normalised images (B, 3, H, W)."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, M, W)
         B, _, W = patches.shape
         x = torch.cat([self.class_embedding.expand(B, 1, W), patches], dim=1)  # (B, 1 + M, W)
@@ -252,11 +254,12 @@ class VisionTransformer(nn.Module):
         before, x = self.transformer(x)
         x = self.ln_post(x)
         tokens = x @ self.proj  # (B, 1 + M, D)
+        # CLIP-ReID's states: the class token before the last block, the class token after ln_post, and v.
         return ImageFeatures(tokens[:, 0], tokens, [before[:, 0], x[:, 0], tokens[:, 0]])
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck; CLIP strides by average pooling, never by convolution."""
+    """Bottleneck block of a ResNet. CLIP downsamples by average pooling instead of strided convolution."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -266,7 +269,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        nn.init.zeros_(self.bn3.weight)  # a block of random weights starts out as the identity
+        nn.init.zeros_(self.bn3.weight)  # with random weights, the block starts as its shortcut
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or in_channels != 4 * channels:
@@ -274,7 +277,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(4 * channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, 4 * channels, H / stride, W / stride)"""
+        """Map x (B, in_channels, h, w) to (B, 4 * channels, h / stride, w / stride)."""
         shortcut = x if self.downsample is None else self.downsample(self.pool(x))
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -283,7 +286,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention over the mean of a feature map and its positions. CLIP asks only for the mean's answer, position 0."""
+    """Self-attention over the mean of a feature map and its positions. OpenAI's code returns the mean's token only."""
 
     def __init__(self, grid: tuple[int, int], width: int, embed_dim: int):
         super().__init__()
@@ -297,18 +300,18 @@ class AttentionPool(nn.Module):
             nn.init.normal_(projection.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature map (B, W, h, w) -> tokens (B, 1 + h * w, D)"""
+        """Return tokens (B, 1 + M, D) of a feature map (B, W, h, w) with M = h * w positions."""
         B, W, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)  # (B, M, W)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + M, W)
-        qkv = [projection(x).unflatten(2, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, v = (projected.transpose(1, 2) for projected in qkv)  # each (B, heads, 1 + M, W / heads)
+        qkv = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # each (B, heads, 1 + M, W / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.c_proj(x.transpose(1, 2).reshape(B, 1 + h * w, W))
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, average-pooled strides, and an attention pool at the end."""
+    """CLIP's ResNet: a stem of three convolutions, downsampling by average pooling, attention pooling at the end."""
 
     def __init__(self, grid: tuple[int, int], layers: tuple[int, ...], width: int, embed_dim: int, last_stride: int):
         super().__init__()
@@ -330,7 +333,7 @@ class ModifiedResNet(nn.Module):
         return nn.Sequential(Bottleneck(in_channels, channels, stride), *rest)
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, H, W) -> features; the states are layer3 and layer4, averaged, and the embedding."""
+        """Encode normalised images (B, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
@@ -338,6 +341,7 @@ class ModifiedResNet(nn.Module):
         third = self.layer3(x)
         fourth = self.layer4(third)
         tokens = self.attnpool(fourth)
+        # CLIP-ReID's states: the spatial means of the last two stages, and v.
         return ImageFeatures(tokens[:, 0], tokens, [third.mean((2, 3)), fourth.mean((2, 3)), tokens[:, 0]])
 
 
@@ -345,7 +349,11 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two encoders. `vision_layers` is a number for a ViT, four numbers for a ResNet (which has no patch size)."""
+    """CLIP's visual encoder, a ViT or (without `patch_size`) a ResNet, and its text encoder.
+
+    `vision_layers` is the number of blocks: one number for a ViT, one per stage for a ResNet. `image_size` is height
+    and width in pixels. Raises ValueError if they are not multiples of the side of a patch.
+    """
 
     def __init__(
         self,
@@ -361,10 +369,10 @@ class CLIP(nn.Module):
         last_stride: int = 1,
     ):
         super().__init__()
-        self.source = {}  # for args.json: the file that `load` read, and its sha256
+        self.source = {}  # for args.json: path and sha256 of the file that `load` read
         stride = patch_size or 16 * last_stride
         if any(side % stride for side in image_size):
-            raise ValueError(f"image size {image_size[0]}x{image_size[1]} does not divide by {stride}, a token's side")
+            raise ValueError(f"image size {image_size}: use multiples of {stride}, the side of a patch")
         self.image_size = image_size
         self.grid = (image_size[0] // stride, image_size[1] // stride)
         if patch_size:
@@ -380,21 +388,21 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, H, W) -> embedding (B, D), tokens (B, 1 + M, D), three states, the last one v."""
+        """Encode normalised images (B, 3, H, W): embedding v (B, D), tokens (B, 1 + M, D), three states."""
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Token ids as `tokenize` makes them (N, L) -> text features (N, D), not normalised.
+        """Return the text features (N, D), not normalised, of token ids (N, L) from `tokenize`.
 
-        Attention is causal, so nothing after a text's end token reaches its feature: the columns after the last
-        end token are left out, which changes no result and most of the cost.
+        Attention is causal, so tokens after a text's end token do not change its feature. The columns after the last
+        end token are skipped, which saves most of the computation.
         """
         end = token_ids.argmax(dim=1)  # the end token has the highest id
         token_ids = token_ids[:, : int(end.max()) + 1]
         return self.encode_embeddings(self.token_embedding(token_ids), end)
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings (N, L, T), position of the end token (N,) -> text features (N, D), not normalised."""
+        """Return text features (N, D), not normalised, of token embeddings (N, L, T) with end tokens at `end` (N,)."""
         N, L, _ = embeddings.shape
         x = embeddings + self.positional_embedding[:L]
         _, x = self.transformer(x, causal=True)
@@ -406,20 +414,18 @@ class CLIP(nn.Module):
 
 
 def load(
-    source: str | Path,
-    image_size: tuple[int, int] = (256, 128),
-    last_stride: int = 1,
-    architecture: str | None = None,
+    source: str | Path, image_size: tuple[int, int] = (256, 128), last_stride: int = 1, architecture: str | None = None
 ) -> CLIP:
-    """Load CLIP in float32, its position embedding interpolated to `image_size`. `CLIP.source` names the file.
+    """Load CLIP in float32 and eval mode, with the position embedding interpolated to `image_size`.
 
     Args:
-        source: "ViT-B/16" or "RN50" (downloaded on first use), or the path of a file of any layout in docs/data.md.
-        image_size: height and width.
-        last_stride: stride of a ResNet's last stage; prior ReID work uses 1, CLIP itself 2.
-        architecture: refuse weights of other sizes than this one of ARCHITECTURES; None: accept any.
+        source: "ViT-B/16" or "RN50" (downloaded on first use), or the path of a file or folder as in docs/data.md.
+        image_size: height and width in pixels.
+        last_stride: stride of a ResNet's last stage. Prior ReID work uses 1, OpenAI's code 2.
+        architecture: name in ARCHITECTURES whose sizes the weights must have (default: any sizes).
 
-    Raises FileNotFoundError or ConnectionError if there is no such file, ValueError if it is damaged or not a CLIP.
+    Raises FileNotFoundError or ConnectionError if the file cannot be found or downloaded, ValueError if it is damaged,
+    is not a CLIP or does not fit the arguments.
     """
     path, sha256 = fetch(addresses(source)) if source in URLS else find(source)
     try:
@@ -444,7 +450,7 @@ def load(
 
 
 def addresses(name: str) -> list[tuple[str, str, str]]:
-    """Return where to get OpenAI's weights: address, sha256, file name in the cache; the hub comes second."""
+    """Return the sources of OpenAI's weights, best first: (address, sha256, file name in the cache)."""
     *_, sha256, filename = URLS[name].split("/")
     folder, hub_sha256 = HUB[name]
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -453,8 +459,8 @@ def addresses(name: str) -> list[tuple[str, str, str]]:
 
 
 def check_architecture(sizes: dict, name: str) -> None:
-    """Raise ValueError if `sizes`, from `read_sizes`, are not those of ARCHITECTURES[name]."""
-    with torch.device("meta"):  # sizes without numbers
+    """Raise ValueError if sizes, as returned by `read_sizes`, differ from those of ARCHITECTURES[name]."""
+    with torch.device("meta"):  # shapes without values
         expected = read_sizes(CLIP(**ARCHITECTURES[name]).state_dict())
     wrong = [f"{key} {sizes[key]} instead of {expected[key]}" for key in sizes if sizes[key] != expected[key]]
     if wrong:
@@ -462,10 +468,10 @@ def check_architecture(sizes: dict, name: str) -> None:
 
 
 def check_names_and_shapes(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError, in a sentence, if names or shapes differ from those of `expected`."""
+    """Raise ValueError if names or shapes of weights differ from those of `expected`."""
     missing = [name for name in expected if name not in state_dict and not name.endswith("num_batches_tracked")]
     unknown = [name for name in state_dict if name not in expected]
-    for names, verb in ((missing, "lacks"), (unknown, "holds, unlike CLIP,")):
+    for names, verb in ((missing, "lacks"), (unknown, "contains unexpected weights:")):
         if names:
             raise ValueError(f"it {verb} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     for name, tensor in state_dict.items():
@@ -474,14 +480,14 @@ def check_names_and_shapes(state_dict: dict[str, Tensor], expected: dict[str, Te
 
 
 def untrained(name: str, image_size: tuple[int, int] = (256, 128), seed: int = 0) -> CLIP:
-    """Return a CLIP of ARCHITECTURES with random weights from the seed; the global random state does not change."""
+    """Return a CLIP of ARCHITECTURES with random weights from the seed. The global RNG state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIP(**ARCHITECTURES[name], image_size=image_size).eval()
 
 
 def read_sizes(state_dict: dict[str, Tensor]) -> dict:
-    """Return CLIP's arguments, read off its weights. KeyError or IndexError if they are not CLIP's."""
+    """Return the arguments of CLIP, read off its weights. Raises KeyError or IndexError if they are not CLIP's."""
 
     def count(prefix: str) -> int:
         position = prefix.count(".")
@@ -504,18 +510,17 @@ def read_sizes(state_dict: dict[str, Tensor]) -> dict:
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Interpolate the position embedding of a square grid, (1 + n * n, W) -> (1 + h * w, W), except the class token's.
+    """Interpolate the position embedding of a square grid to another grid: (1 + n * n, W) -> (1 + h * w, W).
 
-    A number that is not square is of a CLIP fine-tuned at another size, which must be that of `grid`, else ValueError.
+    The class token's row is kept. Raises ValueError if the number of positions is neither a square nor that of `grid`:
+    the weights are of a CLIP fine-tuned at another image size.
     """
     count, (height, width) = len(positions) - 1, grid
     side = math.isqrt(count)
     if grid == (side, side) or side * side < count == height * width:
         return positions
     if side * side < count:
-        raise ValueError(
-            f"its {count} positions are not the {height}x{width} of this image size, nor a square to resize"
-        )
-    square = positions[1:].T.reshape(1, -1, side, side)
+        raise ValueError(f"its {count} positions are not the {height}x{width} of this image size, nor a square grid")
+    square = positions[1:].T.reshape(1, -1, side, side)  # (1, W, n, n)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])

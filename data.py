@@ -29,7 +29,7 @@ from util.device import ignore_interrupts, one_line
 
 # ------------------------------------------------------------------------------------------------- datasets
 
-# Where each dataset is looked for below --data-root: its owners' name first, then other common names.
+# Accepted folders of each dataset below --data-root: the owners' name first, then other common names.
 FOLDERS = {
     "market1501": ("Market-1501-v15.09.15", "Market-1501", "Market1501", "market1501"),
     "msmt17": ("MSMT17_V1", "MSMT17_V2", "MSMT17", "msmt17"),
@@ -47,7 +47,7 @@ OFFICIAL = {
     "cuhk03": {"train": (767, 7368, 2), "query": (700, 1400, 2), "gallery": (700, 5328, 2)},
     "cuhk03-detected": {"train": (767, 7365, 2), "query": (700, 1400, 2), "gallery": (700, 5332, 2)},
 }
-# Each subset's folder of images, and its lists. DukeMTMC-reID, CUHK03-NP and the demo share Market-1501's layout.
+# Layouts: image folder of each subset, and its lists. DukeMTMC-reID, CUHK03-NP and the demo have Market-1501's.
 MARKET1501 = {"train": ("bounding_box_train",), "query": ("query",), "gallery": ("bounding_box_test",)}
 MSMT17_V1 = {
     "train": ("train", "list_train.txt", "list_val.txt"),
@@ -57,22 +57,26 @@ MSMT17_V1 = {
 MSMT17_V2 = {subset: (f"mask_{images}_v2", *lists) for subset, (images, *lists) in MSMT17_V1.items()}  # masked faces
 MARKET1501_NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+).*\.(jpg|jpeg|png)", re.IGNORECASE)
 MSMT17_LINE = re.compile(r"(\d+/\d+_\d+_(?P<camid>\d+)_[^\s/]*\.(?:jpg|jpeg|png))\s+(?P<pid>\d+)", re.IGNORECASE)
-JUNK = -1  # identity of Market-1501's bad detections, which are neither right nor wrong matches
+JUNK = -1  # identity of Market-1501's bad detections, which are neither correct nor wrong matches
 
 
 class Sample(NamedTuple):
+    """An image file with its identity and camera."""
+
     path: Path
     pid: int
     camid: int
 
 
 class Dataset(NamedTuple):
+    """The samples of a dataset."""
+
     name: str
     folder: Path
     train: list[Sample]
     query: list[Sample]
     gallery: list[Sample]
-    skipped: list[Path] = []  # files whose names are not like those of the dataset's images
+    skipped: list[Path] = []  # files whose names do not fit the layout
 
     @property
     def num_identities(self) -> int:
@@ -81,7 +85,7 @@ class Dataset(NamedTuple):
 
     @property
     def version(self) -> str | None:
-        """Version of MSMT17, V1 or V2, whose results do not compare; None for other datasets."""
+        """Version of MSMT17, V1 or V2 (their results are not comparable); None for other datasets."""
         if self.name != "msmt17":
             return None
         first = (self.train or self.query or self.gallery)[0]
@@ -89,9 +93,9 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, root: str | Path = "data", subsets: tuple = ("train", "query", "gallery")) -> Dataset:
-    """Read the names of a dataset's images below `root`. Subsets that are not named stay empty.
+    """Read the file names and lists of a dataset below `root`. Subsets that are not listed stay empty.
 
-    Raises FileNotFoundError, with the expected folder, if it is not there; ValueError if a name is not as expected.
+    Raises FileNotFoundError, with the expected folders, if one is missing; ValueError if a name or list is malformed.
     """
     if name not in FOLDERS:
         raise ValueError(f"no dataset {name}: choose one of {', '.join(FOLDERS)}")
@@ -110,8 +114,8 @@ def load_dataset(name: str, root: str | Path = "data", subsets: tuple = ("train"
 
 
 def find_folder(name: str, root: Path, subsets: tuple) -> tuple[Path, dict]:
-    """Return a dataset's folder and layout. Raise FileNotFoundError if there is none that holds all subsets."""
-    places = []
+    """Return the folder and layout of a dataset. Raises FileNotFoundError if no folder holds all subsets."""
+    candidates = []
     for folder in FOLDERS[name]:
         layouts = (MSMT17_V1, MSMT17_V2) if name == "msmt17" else (MARKET1501,)
         for layout in reversed(layouts) if "V2" in folder else layouts:
@@ -119,13 +123,13 @@ def find_folder(name: str, root: Path, subsets: tuple) -> tuple[Path, dict]:
             missing = sum(not (root / folder / entry).exists() for entry in ["", *entries])
             if not missing:
                 return root / folder, layout
-            places.append((missing, printable(root / folder), entries))
-    _, where, entries = min(places, key=lambda place: place[0])  # the most complete one
+            candidates.append((missing, printable(root / folder), entries))
+    _, where, entries = min(candidates, key=lambda candidate: candidate[0])  # the most complete one
     raise FileNotFoundError(f"no dataset at {where}: expected {where}/{{{','.join(entries)}}}")
 
 
 def read_folder(folder: Path) -> tuple[list[Sample], list[Path]]:
-    """Read a folder in Market-1501's layout. Return its samples without junk, and the skipped files."""
+    """Read an image folder in Market-1501's layout. Return the samples without junk, and the skipped files."""
     matches = [(path, MARKET1501_NAME.fullmatch(path.name)) for path in sorted(folder.iterdir())]
     samples = [parse(path, match) for path, match in matches if match and int(match["pid"]) != JUNK]
     skipped = [path for path, match in matches if not match]
@@ -136,7 +140,7 @@ def read_folder(folder: Path) -> tuple[list[Sample], list[Path]]:
 
 
 def read_list(file: Path, images: Path) -> list[Sample]:
-    """Read a list of MSMT17. A line is the path of an image below `images`, and its identity."""
+    """Read a list of MSMT17. Each line holds the path of an image below `images` and its identity."""
     lines = [line.strip() for line in file.read_text("utf-8-sig", "surrogateescape").split("\n") if line.strip()]
     matches = [MSMT17_LINE.fullmatch(line) for line in lines]
     if not lines or None in matches:
@@ -146,7 +150,7 @@ def read_list(file: Path, images: Path) -> list[Sample]:
 
 
 def parse(path: Path, match: re.Match) -> Sample:
-    """Return the sample of an image's name or line. Raise ValueError if a number does not fit into 64 bits."""
+    """Return the sample of a matched file name or line. Raises ValueError if a number does not fit into 64 bits."""
     if max(len(match["pid"]), len(match["camid"])) > 18:
         raise ValueError(f"the identity or camera of {printable(path)} has more than 18 digits: use smaller numbers")
     return Sample(path, int(match["pid"]), int(match["camid"]))
@@ -167,7 +171,7 @@ def summary(dataset: Dataset) -> str:
                     f"warning: {subset} should have {should}, not {has}: not comparable with published results"
                 )
     test = dataset.query + dataset.gallery
-    # MSMT17 numbers the identities of test from 0 again. Its names do not match.
+    # MSMT17 is not checked: its names do not match, since it numbers the identities of the test split from 0 again.
     matches = [MARKET1501_NAME.fullmatch(sample.path.name) for sample in dataset.train]
     if shared := {int(match["pid"]) for match in matches if match} & {sample.pid for sample in test}:
         lines.append(f"warning: identities in both train and test: {len(shared)} (first: {min(shared)})")
@@ -179,32 +183,32 @@ def summary(dataset: Dataset) -> str:
 
 
 def digest(samples: list[Sample]) -> str:
-    """Return the SHA-256 of identities and file names, by which a resumed run recognises its training data."""
+    """Return the SHA-256 of identities and file names. A resumed run must have the same training data."""
     lines = sorted(f"{sample.pid} {sample.path.name}" for sample in samples)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- image files
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # not EPS, which Pillow hands to Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # not EPS, for which Pillow runs Ghostscript
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; a long text does not harm an image
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; long text metadata is harmless
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image file (of a GIF, the first frame) as RGB, upright by its EXIF orientation.
+    """Open an image file as RGB, rotated by its EXIF orientation. Only the first frame of an animation is read.
 
-    Values of 16 bits become 8 bits (division by 256). Raises OSError if that makes them black (they hold 10 or 12
-    bits), if values have 32 bits, if there are over 89 million pixels (Pillow's limit), or if Pillow cannot read it.
+    16-bit values are divided by 256. Raises OSError if this would make an image black (16-bit files with 10- or 12-bit
+    values), for 32-bit values, above 89 million pixels (Pillow's limit), and if Pillow cannot read the file.
     """
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
+        if not os.path.isfile(path):  # opening a pipe would wait forever
             raise OSError("no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                has_16_bits = re.search(";1[26]", str(image.tile))  # in the name of Pillow's raw mode
+                has_16_bits = re.search(";1[26]", str(image.tile))  # Pillow's raw mode, such as "RGB;16B"
                 image.load()
                 orientation = None
                 with contextlib.suppress(Exception):  # broken metadata
@@ -216,7 +220,7 @@ def open_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGB")
                 if has_16_bits and np.asarray(image).max() < 16:
                     raise OSError("16-bit values of at most 12 bits: use 8 bits")
-                image.info.clear()  # all metadata but the orientation
+                image.info.clear()  # exif_transpose fails on broken tags
                 image.getexif()[ExifTags.Base.Orientation] = orientation
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds
@@ -224,13 +228,16 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """Read an image at (height, width) as uint8 (3, H, W). Raises OSError as open_image does."""
+    """Read an image, resized to (height, width), as uint8 (3, H, W). Raises OSError as `open_image` does."""
     pixels = v2.functional.pil_to_tensor(open_image(path))
     return v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
 
 
 def find_images(paths: list[str | Path]) -> list[Path]:
-    """Return files as given and all image files below folders. Print how many files and linked folders are skipped."""
+    """Return the given files and all image files below the given folders. Print how many other files are skipped.
+
+    Linked folders are skipped too. Raises FileNotFoundError if a path does not exist or if no image is found.
+    """
     images, skipped = [], []
     for path in map(Path, paths):
         if not path.exists():
@@ -239,7 +246,7 @@ def find_images(paths: list[str | Path]) -> list[Path]:
             images.append(path)
             continue
         for file in sorted(path.rglob("*")):
-            # macOS keeps notes on x.jpg in ._x.jpg.
+            # On other file systems, macOS stores metadata of x.jpg in ._x.jpg.
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("._") and file.is_file():
                 images.append(file)
             elif file.is_symlink() or not file.is_dir():
@@ -252,14 +259,14 @@ def find_images(paths: list[str | Path]) -> list[Path]:
 
 
 def printable(path: str | Path) -> str:
-    """Return a path as text that any standard output can print in one line. Other characters are escaped."""
+    """Return a path as one line of text. Characters that standard output cannot print are escaped."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def count_skipped(files: list[Path]) -> str:
-    """Return a line with the number of skipped files and the first one's name."""
+    """Return one line with the number of skipped files and the name of the first one."""
     return f"{len(files)} {'file' if len(files) == 1 else 'files'} skipped (first: {printable(files[0].name)})"
 
 
@@ -267,13 +274,16 @@ def count_skipped(files: list[Path]) -> str:
 
 
 class PKSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of P identities x K images ("16 identities with 4 images per identity", section 5.1).
+    """Sampler of batches of P identities x K images ("16 identities with 4 images per identity", section 5.1).
 
-    An image is an index and the seed of its augmentation, so that nothing depends on the number of loader processes.
-    An epoch follows RandomIdentitySampler of the baseline [24]: each identity's images are shuffled and divided into
-    groups of K (an identity with fewer images repeats some; an incomplete last group is skipped), each batch takes one
-    group of P random identities, and the epoch ends when fewer than P identities have a group left.
-    Under torchrun, process `rank` of `world_size` takes its share of each batch's identities.
+    A batch is a list of (index of an image, seed of its augmentation). Each image has its own seed, so that batches do
+    not depend on the number of loader processes. Under torchrun, each process takes its share of a batch's identities.
+
+    An epoch follows RandomIdentitySampler of the strong baseline [24]. Each identity's images are shuffled and divided
+    into groups of K: an identity with fewer images repeats some, an incomplete last group is skipped. A batch takes one
+    group from each of P random identities. The epoch ends when fewer than P identities have a group left.
+
+    Raises ValueError if there are fewer than P identities, or if the processes cannot share P identities equally.
     """
 
     def __init__(
@@ -292,7 +302,7 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of an epoch, which depend on the seed and the epoch only."""
+        """Draw the batches of an epoch. They depend on the seed and the epoch only."""
         rng = random.Random(f"{self.seed} {epoch}")
         groups = {}
         for pid, indices in self.indices.items():
@@ -318,11 +328,11 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Augmented images: an index and a seed of PKSampler -> (uint8 (3, H, W), pid)."""
+    """Augmented training images: (index, seed) from PKSampler -> (uint8 (3, H, W), pid)."""
 
     def __init__(self, samples: list[Sample], size: tuple[int, int]):
         self.samples, self.size = samples, size
-        # The baseline's augmentation [24]. Erased pixels get CLIP's mean colour, which is 0 after normalisation.
+        # Augmentation of the strong baseline [24]. Erased pixels get CLIP's mean colour, which is 0 when normalised.
         colour = [round(255 * mean) for mean in clip.MEAN]
         erase = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 1 / 0.3), value=colour)
         self.augment = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.Pad(10), v2.RandomCrop(size), erase])
@@ -330,13 +340,13 @@ class TrainImages(torch.utils.data.Dataset):
     def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = index_and_seed
         image = read_image(self.samples[index].path, self.size)
-        with torch.random.fork_rng(devices=[]):  # keeps the state of the global generator
+        with torch.random.fork_rng(devices=[]):  # restores the global RNG state
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA, which is slow
             return self.augment(image), self.samples[index].pid
 
 
 def read_images(paths: list[str | Path], size: tuple[int, int]) -> tuple[Tensor, list[str]]:
-    """Read images as uint8 (B, 3, H, W), and the errors of those that cannot be read, which are black."""
+    """Return images as uint8 (B, 3, H, W), black where unreadable, and the error messages of the unreadable ones."""
     images, errors = torch.zeros(len(paths), 3, *size, dtype=torch.uint8), []
     for image, path in zip(images, paths):
         try:
@@ -355,12 +365,12 @@ def train_loader(
 
 
 def image_loader(paths: list, image_size: tuple, batch_size=128, workers=0, pin_memory=False) -> DataLoader:
-    """Return a loader of batches as of read_images, in the order of `paths`."""
+    """Return a loader of batches as returned by `read_images`, in the order of `paths`."""
     collate = partial(read_images, size=image_size)  # runs in the loader processes
     return make_loader(paths, workers, pin_memory, batch_size=batch_size, collate_fn=collate)
 
 
 def make_loader(images: torch.utils.data.Dataset | list, workers: int, pin_memory: bool, **options) -> DataLoader:
     options |= {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": ignore_interrupts}
-    # Without a generator of its own, a loader draws from the global one each time it is iterated over.
+    # Without its own generator, a loader draws from the global one at each epoch: a resumed run would differ.
     return DataLoader(images, generator=torch.Generator(), **options)

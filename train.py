@@ -40,7 +40,9 @@ from util.device import (
 )
 
 CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
-TINY_DEFAULTS = {"epochs": 16, "decay_every": 12, "lr_visual": 2e-4, "lr_new": 2e-3, "image_size": (128, 64)}
+TINY_DEFAULTS = {
+    "epochs": 28, "decay_every": 22, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64)
+}  # fmt: skip
 # Flags that may differ when a run is resumed: where it runs, how long, how often it is evaluated.
 FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "compile", "epochs", "eval_every")
 
@@ -65,13 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--deterministic", action="store_true", help="bit for bit reproducible on CUDA too, and slower")
 
     add = parser.add_argument_group("section 5.1").add_argument
-    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 16)")
-    add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16)")
+    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 28)")
+    add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16, tiny 8)")
     add("--batch-images", type=int, default=4, help="images per identity, K (default: 4)")
     add("--image-size", type=int, nargs=2, default=(256, 128), help="height and width (default: 256 128, tiny 128 64)")
-    add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 2e-4)")
+    add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 4e-4)")
     add("--lr-new", type=float, default=5e-5, help="learning rate of the new modules (default: 5e-5, tiny 2e-3)")
-    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 12)")
+    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 22)")
     add("--decay-factor", type=float, default=0.1, help="factor of a learning rate decay (default: 0.1)")
     add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
     add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
@@ -103,6 +105,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--epochs and --decay-every must be at least 1")
     if args.backbone == "tiny" and args.clip_weights not in (None, "random"):
         parser.error("--backbone tiny has its own weights: drop --clip-weights, or give random")
+    for name in ("lr_visual", "lr_new", "weight_decay", "decay_factor", "supcon_weight", "eval_every", "seed"):
+        if not 0 <= getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0")
+    if not 0 <= args.label_smoothing <= 1:
+        parser.error("--label-smoothing must be between 0 and 1")
+    if args.temperature is not None and not args.temperature > 0:
+        parser.error("--temperature must be above 0")
+    if args.workers is not None and not 0 <= args.workers <= 128:
+        parser.error("--workers must be between 0 and 128")
     if any(side < 16 or side % 16 for side in args.image_size):
         parser.error("--image-size must be two multiples of 16: a patch has 16x16 pixels")
     try:
@@ -133,15 +144,15 @@ def main(argv: list[str] | None = None) -> None:
     sampler = data.PKSampler(pids, args.batch_ids, args.batch_images, args.seed, rank(), world_size())
     loader = data.train_loader(dataset.train, sampler, args.image_size, workers, pin_memory=device.type == "cuda")
 
-    # The checkpoint of the run to resume, if there is one.
+    # The checkpoint to resume from, if there is one.
     settings = {**vars(args), "precision": precision}
     defaults = vars(parse_args(["--backbone", args.backbone]))  # of flags that an older checkpoint lacks
     digest = data.digest(dataset.train)
-    state = checkpoint.find_run(folder, settings, defaults, FREE_FLAGS, digest) if args.resume else None
+    resumed = checkpoint.find_run(folder, settings, defaults, FREE_FLAGS, digest) if args.resume else None
 
     # Model: CLIP and the new modules around it.
-    if state:
-        model = restore_model(state)  # a checkpoint is complete: no weights are downloaded
+    if resumed:
+        model = restore_model(resumed)  # a checkpoint is complete: no weights are downloaded
     else:
         if args.clip_weights == "random":
             clip_model = clip.untrained(CLIP_NAMES[args.backbone], args.image_size, args.seed)
@@ -174,15 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=fused)
     scheduler = StepLR(optimizer, args.decay_every, args.decay_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     # Resume, or evaluate CLIP before training, while the new modules are still random.
     log, first_epoch = [], 1
-    if state:
-        for name in ("optimizer", "scheduler", "scaler"):
-            parts[name].load_state_dict(state[name])
-        log, first_epoch = state["log"], state["epoch"] + 1
-        print(f"resumed after epoch {state['epoch']}")
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        scaler.load_state_dict(resumed["scaler"])
+        log, first_epoch = resumed["log"], resumed["epoch"] + 1
+        print(f"resumed after epoch {resumed['epoch']}")
+        del resumed  # free the memory
     elif args.eval_every:
         result = evaluate.evaluate(model, dataset, "none", workers)
         print(f"CLIP before training: {evaluate.describe(result)}")
@@ -251,9 +263,17 @@ def main(argv: list[str] | None = None) -> None:
         # Save after an evaluation, after the last epoch, and if the last save is over a minute old.
         checkpoint.write_log(log, folder / "log.jsonl")
         if is_last or is_evaluated or time.monotonic() - saved_at > 60:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"epoch": epoch, "log": log, "train_digest": digest}
-            state |= {"args": settings, "model_args": model.model_args}
+            state = {
+                "args": settings,
+                "model_args": model.model_args,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": epoch,
+                "log": log,
+                "train_digest": digest,
+            }
             checkpoint.save(state, folder / "last.pt")  # to a temporary file, then renamed
             saved_at = time.monotonic()
 

@@ -4,6 +4,7 @@ An identity has clothes, colours, a pattern, a build, perhaps a hat and a bag. A
 distance. Each image has its own pose, position, occlusion and noise.
 """
 
+import json
 import math
 import random
 import tempfile
@@ -24,6 +25,7 @@ COLOURS = {rgb: name for name, rgb in CLOTHES.items()}
 SKIN = ((244, 208, 178), (214, 164, 124), (156, 106, 74), (96, 64, 46))
 HAIR = ((34, 28, 26), (92, 60, 36), (186, 148, 88), (150, 148, 146))
 CAMERAS = 4  # of the dataset
+VERSION = 2  # of the dataset; increase it when the drawings or the defaults of draw_dataset change
 
 
 class Person(NamedTuple):
@@ -245,13 +247,19 @@ def draw_part(person: Person, part: str, camera: int, rng: random.Random) -> Ima
     return mask.resize((128, 256), Image.Resampling.NEAREST)
 
 
-def draw_dataset(folder: Path, train_ids: int = 128, test_ids: int = 48, images: int = 8, seed: int = 0) -> None:
+def draw_dataset(folder: Path, train_ids: int = 128, test_ids: int = 128, images: int = 8, seed: int = 0) -> None:
     """Draw the demo's dataset in Market-1501's layout, and the masks in `masks`, unless the folder exists.
 
-    Each identity has `images` images, spread over four cameras. For a test identity, the first image of each camera
-    is a query. One sixth of the gallery are distractors (identity 0).
+    Images and masks are saved at 64x128 (width x height), the size that the demo's CLIP reads. Each identity has
+    `images` images, spread over four cameras. For a test identity, the first image of each camera is a query. One sixth
+    of the gallery are distractors (identity 0).
+
+    Raises ValueError if the folder exists but was not drawn by this VERSION.
     """
+    record = folder / "drawing.json"
     if folder.exists():
+        if not record.is_file() or json.loads(record.read_text())["version"] != VERSION:
+            raise ValueError(f"{folder} was drawn by another version of demo/draw.py: delete it to draw it again")
         return
     print(f"drawing the demo's dataset in {folder}: {train_ids} + {test_ids} identities, {images} images each")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +276,7 @@ def draw_dataset(folder: Path, train_ids: int = 128, test_ids: int = 48, images:
             nonlocal drawn
             camera = number % CAMERAS + 1
             image, mask = draw_sample(person, camera, image_rng(pid, number, seed))
+            image, mask = image.reduce(2), mask.resize((64, 128), Image.Resampling.NEAREST)
             name = f"{pid:04d}_c{camera}s1_{number:06d}_00"
             image.save(unfinished / subfolder / f"{name}.jpg", quality=90)
             mask.save(unfinished / "masks" / f"{name}.png")
@@ -281,5 +290,7 @@ def draw_dataset(folder: Path, train_ids: int = 128, test_ids: int = 48, images:
                 save(pid, number, person, "bounding_box_train" if pid <= train_ids else test_subset)
         for number in range(distractors):
             save(0, number, random_person(random.Random(f"{seed} distractor {number}")), "bounding_box_test")
+        settings = {"train_ids": train_ids, "test_ids": test_ids, "images": images, "seed": seed}
+        (unfinished / record.name).write_text(json.dumps({"version": VERSION, **settings}))
         if not folder.exists():  # another process may have drawn it at the same time
             unfinished.rename(folder)

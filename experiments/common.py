@@ -38,7 +38,7 @@ from util.device import default_workers, setup  # noqa: E402
 
 # Schedule on the demo's drawings. It does not depend on the demo's defaults, so changing those changes no table.
 # Other datasets use train.py's defaults, from section 5.1.
-MINIATURE = "--epochs 16 --decay-every 12 --lr-visual 2e-4 --lr-new 2e-3 --image-size 128 64"
+MINIATURE = "--epochs 16 --decay-every 12 --lr-visual 2e-4 --lr-new 2e-3 --image-size 128 64 --batch-ids 16"
 TRAIN_PEOPLE, TEST_PEOPLE = 128, 192
 DRAWING = 1000  # training seed 0 draws with seed 1000: other people than in the demo and in the pre-training
 TEST_BATCH = 64  # has an effect only if the blocks attend across the batch; 64 as in IADT

@@ -141,6 +141,13 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
     assert (pixels.float() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 3
 
 
+def test_images_are_resized_bicubically_with_antialiasing(tmp_path):
+    image = Image.effect_noise((50, 90), 50).convert("RGB")
+    image.save(tmp_path / "image.png")
+    expected = torch.tensor(np.asarray(image.resize((16, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (data.read_image(tmp_path / "image.png", (32, 16)).int() - expected.int()).abs().max() <= 1
+
+
 def png(kind: int, values: np.ndarray) -> bytes:
     """Return a PNG of 16-bit values (H, W, channels). Pillow cannot write colours of 16 bits."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -273,6 +280,8 @@ def test_rates_of_flips_crops_and_erased_areas():
     assert 0.43 < erased.any((1, 2)).float().mean() < 0.57
     area = erased.float().mean((1, 2))[erased.any((1, 2))]
     assert area.max() < 0.45 and area.mean() > 0.1
-    assert (results == 0).all(1).any((1, 2)).float().mean() > 0.8  # padded by 10 pixels, then cropped
+    padding = (results == 0).all(1)
+    assert padding.any((1, 2)).float().mean() > 0.8
+    assert padding.all(2).sum(1).max() == padding.all(1).sum(1).max() == 10  # rows and columns
     left, right = ([half[half > 200].float().mean() for half in results[:, 0].split(16, dim=2)[i]] for i in (0, 1))
     assert 0.4 < sum(a < b for a, b in zip(left, right)) / 600 < 0.6

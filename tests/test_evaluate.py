@@ -101,6 +101,13 @@ def test_rank_metrics_match_the_definition(seed, ties):
     assert metrics["cmc"].tolist()[: len(cmc)] == pytest.approx(cmc[: len(metrics["cmc"])], abs=1e-6)
 
 
+def test_queries_are_ranked_in_chunks():
+    """600 queries and 72,000 gallery images make two chunks. The last 300 queries equal the first."""
+    problem = random_problem(0, ties=True)
+    ap = rank_metrics(*(torch.cat([x] * copies) for x, copies in zip(problem, (2, 800) * 3)))["ap"]
+    assert torch.equal(ap[:300].nan_to_num(), ap[300:].nan_to_num())
+
+
 def test_rank_metrics_of_a_small_case_by_hand():
     """The ranking is: wrong, correct, ignored (same camera), ignored (junk), wrong, correct."""
     query = torch.tensor([[1.0]])

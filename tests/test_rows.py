@@ -79,6 +79,13 @@ def test_first_step_of_every_row(workplace, row):
         assert ((tensor - expected[name]).abs() > 1e-6).float().mean() < 0.01, name
 
 
+def test_defaults_are_those_of_section_5_1():
+    args = train.parse_args([])
+    assert (args.lr_visual, args.lr_new, args.supcon_weight) == (5e-6, 5e-5, 0.5)
+    assert (args.epochs, args.decay_every, args.decay_factor) == (60, 20, 0.1)
+    assert (args.batch_ids, args.batch_images, args.image_size) == (16, 4, (256, 128))
+
+
 def test_every_epoch_has_its_own_batches(workplace):
     """At learning rate 0, only other images change the loss. An identity's images form other groups of K, too."""
     output_of("train.py", f"{ONE_STEP} --epochs 2 --lr-visual 0 --lr-new 0", workplace)

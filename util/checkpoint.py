@@ -1,4 +1,4 @@
-"""The files of a training run: written whole, read safely. A checkpoint holds tensors and plain values only."""
+"""Files of a training run. A checkpoint holds tensors and plain values only, so reading one runs no code."""
 
 import contextlib
 import importlib.metadata
@@ -41,7 +41,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(value: dict, path: Path) -> None:
-    """Write a dictionary of plain values."""
+    """Write a dictionary of plain values as JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -65,7 +65,7 @@ def save(state: dict, path: Path) -> None:
 def start_run(folder: Path, settings: dict, device: torch.device) -> None:
     """Create the directory of a new run, with its args.json. Only the first of several processes writes.
 
-    args.json holds the settings and what the run was made with: command, commit, versions, processor.
+    args.json holds the settings, the command, the commit, the versions of packages and the processor.
     """
     if rank() > 0:
         return
@@ -76,7 +76,7 @@ def start_run(folder: Path, settings: dict, device: torch.device) -> None:
     if (folder / "log.jsonl").exists():
         print(f"replacing log.jsonl and args.json of an unfinished run without last.pt in {folder}")
         (folder / "log.jsonl").unlink()
-    made_with = {
+    environment = {
         "command": shlex.join(sys.argv),
         "commit": describe_commit(Path(__file__).resolve().parent.parent),
         "python": platform.python_version(),
@@ -84,17 +84,17 @@ def start_run(folder: Path, settings: dict, device: torch.device) -> None:
         **{package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
     }
-    write_json({**settings, **made_with}, folder / "args.json")
+    write_json({**settings, **environment}, folder / "args.json")
 
 
 def describe_commit(root: Path) -> str | None:
-    """Return `git describe --always --dirty` of the repository at `root`, or None if it is not one."""
+    """Return `git describe --always --dirty` of the repository at `root`, or None if there is none."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
 
     try:
-        is_root = Path(git("rev-parse", "--show-toplevel") or "/").resolve() == root  # not a repository around it
+        is_root = Path(git("rev-parse", "--show-toplevel") or "/").resolve() == root  # not an enclosing repository
         return git("describe", "--always", "--dirty") if is_root else None
     except OSError:  # git is not installed
         return None
@@ -104,9 +104,9 @@ def describe_commit(root: Path) -> str | None:
 
 
 def read_tensors(path: Path) -> object:
-    """Read what torch.save wrote, tensors and plain values only, to the CPU.
+    """Read a file of torch.save to the CPU, if it holds tensors and plain values only.
 
-    torch does not verify the checksums of a zip file, so they are verified here: a flipped bit would go unnoticed.
+    The checksums of the zip file are verified, because torch does not notice a flipped bit.
     Raises FileNotFoundError, or ValueError if the file is damaged or holds other objects.
     """
     if not path.is_file():
@@ -116,16 +116,16 @@ def read_tensors(path: Path) -> object:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
-        with path.open("rb") as file:  # torch judges some files by their suffix, given a path
+        with path.open("rb") as file:  # with a path, torch would look at its suffix
             return torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # both raise many kinds of errors for files that are not their own
+    except Exception as error:  # zipfile and torch raise errors of many kinds
         raise ValueError(f"{path} is damaged, or holds other objects than tensors") from error
 
 
 def load(path: str | Path) -> dict:
-    """Load a checkpoint of train.py. Raises FileNotFoundError, or ValueError if it is damaged or something else."""
+    """Load a checkpoint of train.py. Raises FileNotFoundError, or ValueError if it is damaged or another file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give the path of a run's last.pt, or train first")
@@ -158,8 +158,9 @@ def find_run(folder: Path, settings: dict, defaults: dict, free: tuple[str, ...]
     """Return the checkpoint of the run to resume, or None if the directory holds none.
 
     Args:
-        settings: the flags of this call. They must equal the run's, except those in `free`.
-        defaults: values of flags that an older checkpoint lacks.
+        settings: the flags of this call.
+        defaults: default values, for flags that an older checkpoint lacks.
+        free: names of flags that may differ from the run's. All others must be equal.
         train_digest: `data.digest` of the training images.
 
     Raises ValueError if a flag or the training data differs, and what `load` raises.

@@ -1,4 +1,4 @@
-"""The curves of a training run as an image."""
+"""Curves of a training run, drawn with Pillow."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ Curve = list[tuple[int, float]]  # (epoch, value)
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
-    """Draw the log of a run, a PNG of 1200 x 420: all loss terms, and mAP and Rank-1, over the epochs."""
+    """Draw the loss terms, mAP and Rank-1 of a run over its epochs, as a PNG of 1200 x 420 pixels."""
     terms = [key for key in log[-1] if key.startswith("loss")]
     panels = {
         "loss terms (Eq. 10)": {term.removeprefix("loss_"): read_curve(log, term) for term in terms},
@@ -21,7 +21,7 @@ def draw_curves(log: list[dict], path: Path) -> None:
             "Rank-1": read_curve(log, "rank1", scale=100),
         },
     }
-    image = Image.new("RGB", (2400, 840), "white")  # twice the size, for smooth lines
+    image = Image.new("RGB", (2400, 840), "white")  # drawn at twice the size, for smooth lines
     for panel, (title, curves) in enumerate(panels.items()):
         if any(curves.values()):
             draw_panel(ImageDraw.Draw(image), 1200 * panel, title, curves)
@@ -34,7 +34,7 @@ def read_curve(log: list[dict], key: str, scale: float = 1) -> Curve:
 
 
 def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, curves: dict[str, Curve]) -> None:
-    """Draw named curves in a pair of axes from 0, 1200 x 840."""
+    """Draw named curves in axes that start at 0, in a panel of 1200 x 840 pixels."""
     font = ImageFont.load_default(30)
     x0, x1, y0, y1 = left + 130, left + 1160, 730, 90
     points = [point for curve in curves.values() for point in curve]
@@ -62,7 +62,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, curves: dict[st
 
 
 def round_ticks(greatest: float) -> list[float]:
-    """Return four to eight round numbers from 0 to at least `greatest`."""
+    """Return four to eight round numbers, from 0 to at least `greatest`."""
     greatest = greatest or 1
     step = 10 ** math.floor(math.log10(greatest / 2))
     step *= next(factor for factor in (0.5, 1, 2, 5) if greatest / (step * factor) <= 7)

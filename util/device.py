@@ -1,4 +1,4 @@
-"""What the scripts run on: device, precision, several processes (torchrun), progress, errors in one line."""
+"""Device, precision, several processes (torchrun), progress lines, and errors in one line."""
 
 import multiprocessing
 import os
@@ -25,13 +25,13 @@ Batch = TypeVar("Batch", Tensor, list, tuple)
 def setup(name: str | None = None, deterministic: bool = False) -> torch.device:
     """Return the device to compute on (default: cuda if available) and make it the current one.
 
-    Under torchrun, each process takes a GPU of its own, joins the others, and prints nothing unless it is the first.
-    TF32 is switched off, so that fp32 means fp32. Raises ValueError if the device cannot be used.
+    Under torchrun, each process takes its own GPU and joins the others. Only the first process prints. TF32 is switched
+    off, so fp32 means full float32. Raises ValueError if the device cannot be used.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if "LOCAL_RANK" in os.environ:
         if name.startswith("cuda:"):
-            raise ValueError(f"torchrun gives each process a GPU of its own: drop --device {name}")
+            raise ValueError(f"torchrun gives each process its own GPU: drop --device {name}")
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -45,7 +45,7 @@ def setup(name: str | None = None, deterministic: bool = False) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
-    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32 by an environment variable
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers enable TF32 with a variable
     torch.backends.cudnn.allow_tf32 = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,7 +54,7 @@ def setup(name: str | None = None, deterministic: bool = False) -> torch.device:
 
 
 def default_precision(device: torch.device) -> str:
-    """Return bf16 on CUDA (fp16 if one of the GPUs only emulates bf16, as a T4 does), otherwise fp32."""
+    """Return "bf16" on CUDA ("fp16" if a process's GPU only emulates bf16, like a T4), otherwise "fp32"."""
     if device.type != "cuda":
         return "fp32"
     has_bf16 = torch.tensor(int(torch.cuda.is_bf16_supported(including_emulation=False)))
@@ -64,7 +64,7 @@ def default_precision(device: torch.device) -> str:
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the number of loader processes: up to 8 on CUDA; 0 elsewhere, where they would slow down the model."""
+    """Return the number of loader processes: up to 8 on CUDA, otherwise 0: they would compete with the model."""
     if device.type != "cuda":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -80,19 +80,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def world_size() -> int:
-    """Return the number of processes that compute together."""
+    """Return the number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process, from 0; the first one prints and writes."""
+    """Return the number of this process, from 0. Process 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """Return the model as training calls it: gradients and batch statistics are shared by all processes.
+    """Wrap the model for training: processes share their gradients and batch statistics.
 
-    Raises ValueError without a GPU for each process, which torch's SyncBatchNorm needs.
+    Raises ValueError if a process has no GPU, which SyncBatchNorm needs.
     """
     if world_size() == 1:
         return model
@@ -102,10 +102,10 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 def gather(x: Batch) -> Batch:
-    """Concatenate the rows of x (B, ...) of all processes: (world size * B, ...). Lists and tuples element by element.
+    """Concatenate x (B, ...) of all processes: (world size * B, ...). A list or named tuple is gathered by element.
 
-    Only the rows of this process carry a gradient. If every process computes the same loss from all rows, the sum of
-    the processes' gradients is the gradient of that loss.
+    Gradients flow to the rows of this process only. If all processes compute the same loss from all rows, the sum of
+    their gradients is the gradient of that loss.
     """
     if world_size() == 1:
         return x
@@ -123,7 +123,7 @@ def gather(x: Batch) -> Batch:
 def ignore_interrupts(worker_id: int) -> None:
     """Make a loader process ignore Ctrl-C, which the main process handles.
 
-    SIGTERM keeps its default: it is how multiprocessing ends the loader processes after an error of the main process.
+    SIGTERM keeps its default action: multiprocessing ends loader processes with it after an error of the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -139,7 +139,7 @@ def show_progress(done: int, total: int, what: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Return the beginning of another library's message, to be part of ours."""
+    """Return the beginning of an error's message in one line, to quote another library's error in ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -148,12 +148,12 @@ def run_script(
     on_interrupt: str = "interrupted",
     on_out_of_memory: str = "see in nvidia-smi what else uses the GPU, or use --device cpu",
 ) -> None:
-    """Run the main function of a script; end with one line on stderr instead of a traceback if a user can fix it.
+    """Run the main function of a script. Errors that a user can fix end in one line on stderr, without a traceback.
 
-    These are OSError, ValueError, an error of a loader process, out of GPU memory and a failing torch.compile. The
-    exit status is 1; 130 after Ctrl-C, and 141 if nobody reads the output any more (`| head`).
+    These are OSError, ValueError, errors of loader processes, out of GPU memory and failures of torch.compile. The exit
+    status is 1 after an error, 130 after Ctrl-C, and 141 if the output is closed (`| head`).
     """
-    # Print each line at once, also into a pipe, and escape file names that the terminal cannot show.
+    # Flush each line, also into a pipe, and escape characters of file names that the terminal cannot show.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         try:
@@ -174,12 +174,12 @@ def run_script(
         if message is None:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # torchrun ends this process before, if the first one failed too and printed its line
+            time.sleep(5)  # if the first process failed too, its line is printed and torchrun ends this one
         sys.exit(f"error: {message}")
 
 
 def end_loader_processes() -> None:
-    """Terminate the loader processes after an error. torch would wait five seconds for each of them."""
+    """Terminate the loader processes after an error. torch would wait five seconds for each one."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
     for process in multiprocessing.active_children():
@@ -189,7 +189,7 @@ def end_loader_processes() -> None:
 def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
     """Return one line about an error that a user can fix, or None for a programming error."""
     text = str(error).strip() or type(error).__name__
-    # Signs of other libraries. Out of memory, cuBLAS may be "not initialized" too.
+    # Messages of CUDA libraries. If memory is full, cuBLAS can also fail as "not initialized".
     signs = ("CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs):
         return f"out of GPU memory ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated): {on_out_of_memory}"
@@ -197,7 +197,7 @@ def describe_error(error: Exception, on_out_of_memory: str) -> str | None:
         return f"--compile failed ({one_line(error)}): drop --compile, or install a C compiler and Python's headers"
     if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
         return None
-    # A ValueError that no `raise` statement raised ("too many values to unpack") is a mistake in the code.
+    # A ValueError without a `raise` statement, such as "too many values to unpack", is a programming error.
     lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, ValueError) and lines and not lines[-1].startswith("raise"):
         return None

@@ -1,10 +1,10 @@
-"""Similarities of same and different identities, to choose a threshold."""
+"""Similarities of pairs of the same identity and of different identities, to choose a threshold."""
 
 import torch
 from torch import Tensor
 
-SHARES = (0.01, 0.001)  # of different pairs that a threshold accepts
-MOST_PAIRS = 10**7
+SHARES = (0.01, 0.001)  # shares of different pairs that the thresholds accept
+MAX_PAIRS = 10**7
 
 
 def compare_pairs(
@@ -15,13 +15,13 @@ def compare_pairs(
     query_cams: Tensor,
     gallery_cams: Tensor,
 ) -> dict:
-    """Compare query and gallery features of length 1, (Q, D) and (G, D), by cosine similarity.
+    """Compare query and gallery images by the cosine similarity of L2-normalised features, (Q, D) and (G, D).
 
-    Same pairs come from two cameras, as in the evaluation. At most ten million different pairs are compared: those of
-    a fixed random choice of queries and gallery images. Junk (identity -1) must not be in the gallery.
+    A same pair has the same identity and two cameras, as in the evaluation. Different pairs are limited to ten million,
+    from a fixed random sample of queries and gallery images. The gallery must not contain junk (identity -1).
 
-    Returns "same" and "different" (mean similarities), and "thresholds": a list of "different_accepted" (share),
-    "threshold" and "same_accepted" (share). A pair is accepted if its similarity is above the threshold.
+    Returns "same" and "different" (mean similarities) and "thresholds", a list of dicts with "threshold" and the shares
+    of accepted pairs, "different_accepted" and "same_accepted". A pair above the threshold is accepted.
     """
     order = gallery_ids.argsort()  # the images of an identity are contiguous
     starts = torch.searchsorted(gallery_ids[order], query_ids).tolist()
@@ -34,7 +34,7 @@ def compare_pairs(
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randperm(len(query), generator=generator)[:1000].to(query.device)
-    g = torch.randperm(len(gallery), generator=generator)[: MOST_PAIRS // len(q)].to(query.device)
+    g = torch.randperm(len(gallery), generator=generator)[: MAX_PAIRS // len(q)].to(query.device)
     different = (query[q] @ gallery[g].T)[query_ids[q, None] != gallery_ids[g]]
 
     thresholds = []
@@ -46,7 +46,7 @@ def compare_pairs(
 
 
 def describe_pairs(pairs: dict) -> str:
-    """Return a small table of what `compare_pairs` returns."""
+    """Return the result of `compare_pairs` as lines of text."""
     lines = [f"mean similarity: {pairs['same']:.3f} same identity, {pairs['different']:.3f} different identities"]
     for row in pairs["thresholds"]:
         lines.append(

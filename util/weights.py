@@ -1,4 +1,4 @@
-"""Weight files of CLIP: download them, recognise their layout, read them without running code that they hold."""
+"""Weight files of CLIP: download, recognise their layout, read without running code in them."""
 
 import hashlib
 import http.client
@@ -17,9 +17,9 @@ from util.checkpoint import read_tensors
 from util.device import one_line, show_progress
 
 CACHE = "~/.cache/clip"  # where OpenAI's own package keeps its weights
-TIMEOUT = 15  # seconds without a byte after which a download is given up
+TIMEOUT = 15  # seconds without data after which a download fails
 
-# Part of the name of a weight: in transformers' CLIPModel, in OpenAI's code.
+# Parts of parameter names: in transformers' CLIPModel, in OpenAI's code.
 TRANSFORMERS_NAMES = (
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding", "visual.conv1"),
@@ -33,7 +33,7 @@ TRANSFORMERS_NAMES = (
     ("text_model.encoder.layers", "transformer.resblocks"),
     ("text_model.final_layer_norm", "ln_final"),
     ("text_projection.weight", "text_projection"),
-    ("self_attn.q_proj.", "attn.in_proj_"),  # with k_proj and v_proj below it
+    ("self_attn.q_proj.", "attn.in_proj_"),  # q, k and v are one tensor
     ("self_attn.out_proj", "attn.out_proj"),
     ("layer_norm1", "ln_1"),
     ("layer_norm2", "ln_2"),
@@ -46,17 +46,17 @@ TRANSFORMERS_NAMES = (
 
 
 def fetch(sources: list[tuple[str, str, str]]) -> tuple[Path, str]:
-    """Return path and sha256 of a file in CACHE. If it is not there, download it from the first source that works.
+    """Return the path and sha256 of a file in CACHE; download it if necessary, from the first source that works.
 
     Args:
-        sources: address, sha256 and file name in CACHE; the files may differ.
+        sources: (address, sha256, file name in CACHE), best first. The files may be in different formats.
 
-    Raises ConnectionError if no source works, ValueError for a wrong file in CACHE or if there is no home folder.
+    Raises ConnectionError if no source works, ValueError if the file in CACHE is wrong or there is no home directory.
     """
     try:
         folder = Path(CACHE).expanduser()
     except RuntimeError as error:
-        raise ValueError("there is no home folder to keep CLIP's weights in: give --clip-weights PATH") from error
+        raise ValueError("there is no home directory for CLIP's weights: give --clip-weights PATH") from error
     for _, sha256, name in sources:
         if (folder / name).is_file():
             if sha256_of(folder / name) != sha256:
@@ -79,9 +79,9 @@ def fetch(sources: list[tuple[str, str, str]]) -> tuple[Path, str]:
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Download a file to a temporary name, which becomes `path` once the sha256 is right and is removed otherwise."""
+    """Download a file to a temporary one, which is renamed to `path` if the sha256 is right and removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # several processes may download at a time
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # unique: several processes may download
     request = urllib.request.Request(url, headers={"User-Agent": "PromptSG"})
     digest, done = hashlib.sha256(), 0
     try:
@@ -95,7 +95,7 @@ def download(url: str, path: Path, sha256: str) -> None:
         if done < total:
             raise OSError(f"cut off after {done} of {total} bytes")
         if digest.hexdigest() != sha256:
-            raise OSError("another file came, with a wrong sha256")
+            raise OSError("wrong sha256: this is another file")
         partial.replace(path)
     finally:
         show_progress(0, 0, "")  # clears the line
@@ -103,14 +103,14 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def find(source: str | Path) -> tuple[Path, str]:
-    """Return path and sha256 of a weight file, given its path or that of transformers' folder around it."""
+    """Return the path and sha256 of a weight file, or of the weight file in a folder of transformers."""
     path = Path(source).expanduser()
     names = ("model.safetensors", "pytorch_model.bin") if path.is_dir() else ("",)
     for name in names:
         if (path / name).is_file():
             return path / name, sha256_of(path / name)
     if path.is_dir():
-        raise FileNotFoundError(f"no {' or '.join(names)} in the folder {path}: give the path of a weight file")
+        raise FileNotFoundError(f"no {' or '.join(names)} in {path}: give the path of a weight file")
     raise FileNotFoundError(f"no weight file {path}: give the path of a file or folder, or the name ViT-B/16 or RN50")
 
 
@@ -127,21 +127,21 @@ def sha256_of(path: Path) -> str:
 
 
 def read_weights(path: Path, is_trusted: bool) -> dict[str, Tensor]:
-    """Return CLIP's weights by OpenAI's names, in float32 on the CPU, from a file of any layout in docs/data.md.
+    """Read a weight file of any layout in docs/data.md. Return float32 tensors on the CPU under OpenAI's names.
 
     Args:
-        is_trusted: open a TorchScript archive, which runs its code.
+        is_trusted: whether a TorchScript archive may be opened, which runs its code.
 
-    Raises ValueError, without the path, for any other file; KeyError if part of a layer is missing.
+    Raises ValueError, without the path in its message, for any other file; KeyError if part of a layer is missing.
     """
     weights = read_file(path, is_trusted)
-    for key in ("state_dict", "model"):  # how open_clip and train.py wrap a state dict
+    for key in ("state_dict", "model"):  # a checkpoint of open_clip or train.py around a state dict
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError("it holds no state dict (tensors by name)")
     weights = {str(name): tensor.float() for name, tensor in weights.items()}
-    for prefix in ("module.", "clip."):  # of DistributedDataParallel, of model.PromptSG
+    for prefix in ("module.", "clip."):  # from DistributedDataParallel, from model.PromptSG
         inner = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
         weights = inner or weights
 
@@ -151,11 +151,11 @@ def read_weights(path: Path, is_trusted: bool) -> dict[str, Tensor]:
         raise ValueError(f"it holds other weights than CLIP's, such as {next(iter(weights), 'none at all')}")
     if not has_text:
         raise ValueError(
-            "it holds an image encoder alone: give a file with CLIP's text encoder, too "
+            "it holds an image encoder alone: give a file that also has CLIP's text encoder "
             "(in timm's repositories on the Hugging Face hub: open_clip_model.safetensors)"
         )
     if not has_image:
-        raise ValueError("it holds a text encoder alone: give a file with CLIP's image encoder, too")
+        raise ValueError("it holds a text encoder alone: give a file that also has CLIP's image encoder")
     if any(name.startswith("vision_model.") for name in weights):
         check_config(path.with_name("config.json"))
         weights = from_transformers(weights)
@@ -164,11 +164,11 @@ def read_weights(path: Path, is_trusted: bool) -> dict[str, Tensor]:
 
 
 def read_file(path: Path, is_trusted: bool) -> object:
-    """Return what a safetensors file, a TorchScript archive or a file of torch.save holds."""
+    """Return the content of a safetensors file, a TorchScript archive or a file of torch.save."""
     with path.open("rb") as file:
         head = file.read(100)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise ValueError("it is a web page, not a weight file: save what the page's download button gives")
+        raise ValueError("it is a web page, not a weight file: use the download button of the page")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     if head[8:9] == b"{":
@@ -180,21 +180,21 @@ def read_file(path: Path, is_trusted: bool) -> object:
                 "it, torch.save(torch.jit.load(path).state_dict(), new_path) and give the new file"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated, but OpenAI published TorchScript, and nothing else opens it
+            warnings.simplefilter("ignore")  # deprecated, but nothing else opens OpenAI's TorchScript archives
             return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         return read_tensors(path)
     except ValueError as error:
-        if "GLOBAL" in str(error.__cause__):  # how torch names a class or a function
+        if "GLOBAL" in str(error.__cause__):  # torch's word for a class or function
             raise ValueError(
-                "it holds Python objects, such as a whole model, whose code would run: if you trust it, torch.load it "
-                "with weights_only=False, torch.save the model's state_dict() to a new file and give that"
+                "it holds Python objects, such as a whole model, whose code would run: if you trust it, load it with "
+                "torch.load(..., weights_only=False), save the model's state_dict() to a new file and give that file"
             ) from error
         raise ValueError("it is damaged, cut off or not a weight file: compare it with the original") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file: length of the header (8 bytes), header (JSON), tensors without gap or overlap."""
+    """Read a safetensors file: length of the header (8 bytes), header (JSON), then tensors without gap or overlap."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     size = path.stat().st_size - 8
     with path.open("rb") as file:
@@ -226,7 +226,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return True if torch would take the file for a TorchScript archive: it has a record of this name."""
+    """Return True if torch would open the file as a TorchScript archive, which it recognises by a record's name."""
     if not zipfile.is_zipfile(path):
         return False
     try:
@@ -240,7 +240,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of transformers' CLIPModel to OpenAI's. KeyError if a q_proj lacks its k_proj or v_proj."""
+    """Convert weights of transformers' CLIPModel to OpenAI's. Raises KeyError if k_proj or v_proj is missing."""
     renamed = {}
     for name, tensor in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
@@ -256,7 +256,7 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_config(path: Path) -> None:
-    """Raise ValueError if transformers' config.json, where there is one, has another activation or other heads."""
+    """Raise ValueError if a config.json of transformers asks for another activation or other heads than OpenAI's."""
     if not path.is_file():
         return
     try:
@@ -267,7 +267,7 @@ def check_config(path: Path) -> None:
             channels = settings.get("hidden_size", width) / settings.get("num_attention_heads", heads)
             found.append((settings.get("hidden_act", "quick_gelu"), channels))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"the {path.name} beside it is damaged, or not one of transformers") from error
+        raise ValueError(f"the {path.name} beside it is damaged or not from transformers") from error
     for activation, channels in found:
         if activation != "quick_gelu":
             raise ValueError(f"its {path.name} asks for the activation {activation}; only quick_gelu is supported")
