@@ -179,19 +179,6 @@ def test_a_failing_compiler_is_one_line(tmp_path):
     refused(result, "--compile failed")
 
 
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_memory_is_pinned_on_cuda_only(monkeypatch, workplace, name):
-    pinned, loader = set(), data.DataLoader
-
-    def make_loader(*args, pin_memory: bool, **options):
-        pinned.add(pin_memory)
-        return loader(*args, pin_memory=pin_memory, **options)
-
-    monkeypatch.setattr(data, "DataLoader", make_loader)
-    log_of(f"{FLAGS} --epochs 1 --eval-every 1 --device {name}", workplace)
-    assert pinned == {name == "cuda"}
-
-
 @pytest.mark.parametrize("own, other, precision", [(1, 1, "bf16"), (0, 1, "fp16"), (1, 0, "fp16")])
 def test_processes_agree_on_a_precision_that_all_gpus_support(monkeypatch, own, other, precision):
     """Without hardware support, as on a T4, bf16 would be emulated slowly."""
@@ -204,9 +191,9 @@ def test_processes_agree_on_a_precision_that_all_gpus_support(monkeypatch, own, 
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 MiB ..."),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20.00 MiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )

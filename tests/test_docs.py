@@ -28,6 +28,7 @@ def commands() -> list[str]:
         code = [part.strip() for line in code for part in line.split("&&")]
         code = [part for part in code if re.match(r"(python|torchrun) .*(\.py|extras\.\w+|demo\.\w+)", part)]
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        rows = [row for row in rows if len(row) == len(rows[0])]  # of the first table
         for command in code:
             if not PLACEHOLDER.search(command):
                 found.append(command)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import output_of, refused, run
+from conftest import output_of
 from PIL import Image
 
 import clip
@@ -225,14 +225,3 @@ def test_evaluation_on_another_dataset(workplace, checkpoint_flag):
     assert "trained on synthetic, evaluated on folder" in printed
     assert (result["prompt"], result["dataset"], result["trained_on"]) == ("simplified", "folder", "synthetic")
     assert result["queries_skipped"] == 4 and "4 of 24 queries" in printed
-
-
-def test_features_are_written_although_nothing_can_be_evaluated(workplace, checkpoint_flag):
-    """All images are from one camera."""
-    for folder in ("query", "bounding_box_test"):
-        (workplace / "mine" / folder).mkdir(parents=True)
-        for path in sorted((workplace / "data/synthetic" / folder).iterdir())[:6]:
-            shutil.copy(path, workplace / "mine" / folder / f"{path.name[:4]}_c1_{path.name[8:]}")
-    result = run("evaluate.py", f"{checkpoint_flag} --dataset folder --data-root mine --features x.npz", workplace)
-    refused(result, "nothing to evaluate")
-    assert np.load(workplace / "x.npz")["query_features"].shape == (6, 128)

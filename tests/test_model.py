@@ -197,15 +197,6 @@ def test_learnable_parameters_of_table_6():
 # ------------------------------------------------------------------------------------------------ variants
 
 
-def test_the_model_with_a_resnet(images, labels):
-    config = dict(embed_dim=64, vision_layers=(1, 1, 1, 1), vision_width=16, text_width=64, text_layers=1)
-    model = PromptSG(clip.CLIP(**config, image_size=(64, 32)), 4).train()
-    output = model(images)
-    assert output.triplet_features[0].shape == (8, 64) and output.logits.shape == (8, 4)
-    sum(loss_terms(output, labels, model.temperature).values()).backward()
-    assert model.clip.visual.conv1.weight.grad.abs().max() > 0
-
-
 def test_without_interaction_z_is_the_visual_embedding(make_model, images):
     model = make_model(interaction=False).eval()
     output = model(images)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing.process
 import os
 import shutil
 import signal
@@ -145,21 +144,6 @@ def test_a_killed_loader_process_ends_the_run(workplace):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and errors.strip().splitlines()[-1].startswith("error: DataLoader worker")
     assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_loader_process_that_cannot_be_started_ends_the_run(workplace, monkeypatch):
-    process_class, count = multiprocessing.process.BaseProcess, itertools.count()
-    start_process = process_class.start
-
-    def start(process):
-        if next(count) == 1:
-            raise OSError(11, "Resource temporarily unavailable")
-        start_process(process)
-
-    monkeypatch.setattr(process_class, "start", start)
-    refused(run("train.py", FLAGS + " --eval-every 0 --workers 2", workplace), "Resource temporarily unavailable")
-    assert not multiprocessing.active_children()
 
 
 def test_a_loss_that_is_not_finite_is_named_before_anything_is_saved(trained, workplace, monkeypatch):
