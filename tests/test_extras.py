@@ -146,9 +146,8 @@ def test_look(trained, tmp_path):
     assert len(re.findall(r"attention on the person, (?:un)?trained, \w+ prompt: \d+\.\d%", text)) == 4
     text = output_of("extras/look.py", "--images data/synthetic/query --count 2 --output", trained, tmp_path)
     assert "24 images" in text and (tmp_path / "attention.jpg").exists()
-    text = output_of(
-        "extras/look.py", f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --count 4 --output", trained, tmp_path
-    )
+    arguments = f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --count 4 --output"
+    text = output_of("extras/look.py", arguments, trained, tmp_path)
     for name in ("original", "runs/synthetic-tiny", CHECKPOINT):
         assert f"relevance on the person, {name}: " in text and (tmp_path / "figure-4.jpg").exists()
 

@@ -175,6 +175,12 @@ def test_every_loss_reaches_s_star_and_the_visual_encoder(make_model, images, la
     assert all(p.grad is None for p in text_parameters(model).values())
 
 
+def test_the_gradient_reaches_v_through_the_text_encoder(make_model):
+    v = torch.randn(8, 128, requires_grad=True)
+    make_model().train().compose(v)[:, 0].sum().backward()
+    assert v.grad.abs().max() > 1e-9
+
+
 def test_parameter_groups_are_the_visual_encoder_and_the_new_modules(make_model):
     """Each learnable parameter is in one group. The text encoder is in none."""
     model = make_model()
