@@ -64,7 +64,7 @@ MISTAKES = [  # flags of train.py or evaluate.py, words of the message
     ("--epochs 0", "--epochs"),
     ("--backbone vit --image-size 100 64", "--image-size", "16"),
     ("--composed-prompt person", "S*"),
-    (f"--temperature 0 {NEW}", "loss_supcon", "epoch 1, step 1"),
+    ("--temperature 0", "--temperature"),
     ("--device cuda:99", "--device cuda:99"),
     ("evaluate.py --device gpu", "--device gpu"),
     ("evaluate.py --rerank 20", "--rerank"),
