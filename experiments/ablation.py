@@ -1,7 +1,7 @@
-"""What does language do? Every row of Tables 2 to 5, and controls that they lack: python experiments/ablation.py
+"""The contribution of language: the rows of Tables 2 to 5, and further controls: python experiments/ablation.py
 
-Trains each row with three seeds and prints the tables of docs/language.md. Each seed has drawings of its own, with 192
-people to evaluate on; no setting was chosen on them. The experiment that would settle it needs a GPU:
+Trains each row with three seeds and prints the tables of docs/language.md. Each seed has its own drawings, with 192
+test identities. No hyperparameter was chosen on them. The decisive experiment needs a GPU:
 
 python experiments/ablation.py --dataset market1501 --backbone vit --tables parts query knowledge
 """
@@ -20,7 +20,7 @@ from util.device import run_script
 
 
 class ConstantQuery(Variant):
-    """The interaction module's query is always "A photo of a person". SupCon is that of the full model."""
+    """The query of the interaction module is always "A photo of a person". SupCon does not change."""
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         return super().interact(tokens, self.query(text))
@@ -30,14 +30,14 @@ class ConstantQuery(Variant):
 
 
 class OthersQuery(ConstantQuery):
-    """The query was composed for the image half a batch away, which in training shows another identity."""
+    """The query is the text of another image: half a batch away, so in training of another identity."""
 
     def query(self, text: Tensor) -> Tensor:
         return text.roll(len(text) // 2, dims=0)
 
 
 class LearnedQuery(ConstantQuery):
-    """The query is a learned vector that starts from random numbers."""
+    """The query is a learned vector with random initial values."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,11 +48,11 @@ class LearnedQuery(ConstantQuery):
 
 
 def image_supcon(image: Tensor, text: Tensor, labels: Tensor, temperature: float, directions: list[str]) -> Tensor:
-    """SupCon between the images themselves (Khosla et al. 2020), with the weight of the two directions."""
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positive = (labels[:, None] == labels[None, :]) & ~itself
+    """Compute SupCon between images (Khosla et al. 2020), times 2 for the two directions that it replaces."""
+    same_image = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == labels[None, :]) & ~same_image
     image = F.normalize(losses.full_precision(image), dim=1)
-    log_p = (image @ image.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
+    log_p = (image @ image.T / temperature).masked_fill(same_image, -torch.inf).log_softmax(dim=1)
     return -2 * log_p.masked_fill(~positive, 0).sum(dim=1).mean()
 
 
@@ -69,7 +69,7 @@ LONG = "--epochs 40 --decay-every 30 --lr-visual 2e-4 --lr-new 1e-3"
 
 
 def varied(rows: list[Row], suffix: str, **changes) -> list[Row]:
-    """Return the rows with another name and other fields; the paper has no such rows."""
+    """Return the rows with a suffix to their names and other fields, without results of the paper."""
     return [row._replace(name=f"{row.name}, {suffix}", paper="", **changes) for row in rows]
 
 
@@ -108,7 +108,7 @@ TABLES = {  # the first row is the reference
 
 
 def print_table(title: str, rows: list[Row], found: Callable) -> None:
-    """Print mAP, its difference to the first row's, Rank-1, and the mAP of finding images by sentences."""
+    """Print mAP, its difference to the first row, Rank-1, and the mAP of text-to-image retrieval."""
     print(f"\n{title}\n\n| row | paper | mAP | less {rows[0].name} | R-1 | text to image |\n|---|---|---|---|---|---|")
     reference = [result[rows[0].prompt]["mAP"] for result in found(rows[0])]
     for row in rows:

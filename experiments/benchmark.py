@@ -6,8 +6,8 @@ input       images per second of the training loader
 ranking     ranking and re-ranking at the size of Market-1501 and MSMT17
 counted     FLOPs and bytes, counted without a device; Table 6's ratio to CLIP-ReID
 
-Needs no data and no weights. Seconds are medians. Compared variants run in alternation, so that a busy machine slows
-them alike. GiB is the peak above what was in use before: memory of torch on CUDA, resident memory on a CPU.
+No data and no weights are needed. Seconds are medians. Compared variants run in alternation, so that a busy machine
+slows them alike. GiB is the peak above the memory in use before: torch's on CUDA, resident memory on a CPU.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from util.device import PRECISIONS, autocast, default_precision, one_line, run_s
 from util.rerank import k_reciprocal  # noqa: E402
 
 SIZE = (256, 128)
-# Table 5: argument of `embed`, and the paper's images per second relative to the visual encoder.
-WAYS = {"visual encoder": ("none", 1.0), "simplified": ("simplified", 0.88), "composed": ("composed", 0.48)}
+# Table 5: the prompt for `embed`, and images per second in the paper, relative to the visual encoder.
+VARIANTS = {"visual encoder": ("none", 1.0), "simplified": ("simplified", 0.88), "composed": ("composed", 0.48)}
 # Queries, gallery images, identities.
 RANKING_SIZES = {"Market-1501": (3368, 15913, 751), "MSMT17": (11659, 82161, 3060)}
 # Epochs of stage 1 and stage 2, from CLIP-ReID's configurations.
@@ -56,13 +56,8 @@ CLIP_REID_EPOCHS = {"ViT-B/16": (120, 60), "RN50": (60, 120)}
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_gib(device: torch.device, reset: bool = False) -> float:
-    """Return the peak of memory since the last reset; with `reset`, what is in use now. NaN where it is unknown."""
+    """Return the peak of memory since the last reset; with `reset`, the memory in use now. NaN if it is unknown."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -75,30 +70,31 @@ def peak_gib(device: torch.device, reset: bool = False) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) / 2**20
 
 
-def alternate(ways: dict, turns: int, device: torch.device) -> dict[object, dict]:
-    """Call each function of `ways` twice to warm up, then `turns` times in alternation. No turns: one call is measured.
+def measure(variants: dict[object, Callable], turns: int, device: torch.device) -> dict[object, dict]:
+    """Call each function twice to warm up, then `turns` times in alternation. With 0 turns, measure a single call.
 
-    Returns for each one "seconds" (the median), "first call" and "GiB", or "failed" with the reason.
+    Returns for each variant "GiB", "seconds" (the median) and "first call", or "failed" with the reason.
     """
-    results, times = {name: {} for name in ways}, {name: [] for name in ways}
+    results, times = {name: {} for name in variants}, {name: [] for name in variants}
 
     def call(name: object) -> None:
         start = time.perf_counter()
         try:
-            ways[name]()
-            synchronize(device)
+            variants[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-        except Exception as error:  # out of memory or a failing compile: the others go on
-            results[name] = {"failed": f"failed: {type(error).__name__}: {one_line(error)}"}
+        except Exception as error:  # out of memory or a failing compiler: the other variants continue
+            results[name] = {"failed": f"{type(error).__name__}: {one_line(error)}"}
             del times[name]
 
-    for name in ways:
+    for name in variants:
         gc.collect()
         before = peak_gib(device, reset=True)
         for _ in range(2 if turns else 1):  # twice, because Adam's state exists from the second step on
             if name in times:
                 call(name)
-        results[name].setdefault("GiB", peak_gib(device) - before)
+        results[name]["GiB"] = peak_gib(device) - before
     for turn in range(turns):
         for name in list(times):
             call(name)
@@ -129,8 +125,7 @@ def train_steps(
 ) -> Iterator[None]:
     """Build a model, then run one training step for each `next`.
 
-    train.py has its step inside `main`, so these lines and `compute_loss` repeat it, without the terms of the log.
-    Keep them equal.
+    This repeats the step of train.py, which is inside `main`, without the log. Keep the two equal.
     """
     args = train.parse_args([])
     model = new_model(backbone, device).train()
@@ -154,22 +149,20 @@ def train_steps(
         yield
 
 
-def measure_steps(device: torch.device, quick: bool) -> Iterator[dict]:
+def step(device: torch.device, quick: bool) -> Iterator[dict]:
     batch = 64 if device.type == "cuda" else 8
     for backbone in ("ViT-B/16",) if quick else ("ViT-B/16", "RN50"):
         for precision in (default_precision(device),) if quick else PRECISIONS:
-            setting = backbone, precision, batch, device
-            ways = {
-                "eager": partial(next, train_steps(*setting)),
-                "compiled": partial(next, train_steps(*setting, True)),
-            }
-            for way, result in alternate(ways, 5 if quick else 15, device).items():
-                yield {"backbone": backbone, "precision": precision, "batch": batch, "way": way, **result}
+            compiled = {"eager": False, "compiled": True}
+            steps = {name: train_steps(backbone, precision, batch, device, compiled[name]) for name in compiled}
+            results = measure({name: partial(next, steps[name]) for name in steps}, 5 if quick else 15, device)
+            for name, result in results.items():
+                yield {"backbone": backbone, "precision": precision, "batch": batch, "variant": name, **result}
             torch._dynamo.reset()
 
 
 @torch.inference_mode()
-def measure_inference(device: torch.device, quick: bool) -> Iterator[dict]:
+def inference(device: torch.device, quick: bool) -> Iterator[dict]:
     """In fp32, as evaluation computes; on CUDA also in bf16."""
     for backbone in ("ViT-B/16",) if quick else ("ViT-B/16", "RN50"):
         model = new_model(backbone, device).eval()
@@ -181,12 +174,12 @@ def measure_inference(device: torch.device, quick: bool) -> Iterator[dict]:
         for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
             for batch in (1, 8) if quick else (1, 32, 128):
                 images = torch.randn(batch, 3, *SIZE, device=device)
-                ways = {way: partial(embed, images, prompt, precision) for way, (prompt, _) in WAYS.items()}
-                results = alternate(ways, 5 if quick else 9, device)
-                alone = results["visual encoder"].get("seconds", math.nan)
-                for way, result in results.items():
-                    ratios = {"ours": alone / result.get("seconds", math.nan), "paper": WAYS[way][1]}
-                    yield dict(backbone=backbone, precision=precision, batch=batch, way=way) | result | ratios
+                calls = {name: partial(embed, images, prompt, precision) for name, (prompt, _) in VARIANTS.items()}
+                results = measure(calls, 5 if quick else 9, device)
+                encoder = results["visual encoder"].get("seconds", math.nan)
+                for name, result in results.items():
+                    row = {"backbone": backbone, "precision": precision, "batch": batch, "variant": name, **result}
+                    yield row | {"ours": encoder / result.get("seconds", math.nan), "paper": VARIANTS[name][1]}
 
 
 def load_epochs(samples: list[data.Sample], processes: int, device: torch.device) -> Iterator[None]:
@@ -199,24 +192,24 @@ def load_epochs(samples: list[data.Sample], processes: int, device: torch.device
         yield
 
 
-def measure_input(device: torch.device, quick: bool) -> Iterator[dict]:
-    """Load 1,024 drawn JPEGs of 64x128 pixels as training does."""
+def loading(device: torch.device, quick: bool) -> Iterator[dict]:
+    """1,024 JPEGs of 64x128 pixels, with the augmentation of training."""
     with tempfile.TemporaryDirectory() as folder:
-        rng, samples = np.random.default_rng(0), []
-        for number in range(1024):
+        samples = [data.Sample(Path(folder, f"{number}.jpg"), number // 4, 1) for number in range(1024)]
+        rng = np.random.default_rng(0)
+        for sample in samples:
             coarse = Image.fromarray(rng.integers(0, 256, (16, 8, 3), dtype=np.uint8))
-            samples.append(data.Sample(Path(folder, f"{number}.jpg"), number // 4, 1))
-            coarse.resize((64, 128), Image.Resampling.BICUBIC).save(samples[-1].path, quality=95)
+            coarse.resize((64, 128), Image.Resampling.BICUBIC).save(sample.path, quality=95)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         counts = [count for count in ((1, 4, 8) if quick else (0, 1, 2, 4, 8, 16)) if count <= cores]
-        ways = {count: partial(next, load_epochs(samples, count, device)) for count in counts}
-        for count, result in alternate(ways, 3 if quick else 7, device).items():
+        epochs = {count: partial(next, load_epochs(samples, count, device)) for count in counts}
+        for count, result in measure(epochs, 3 if quick else 7, device).items():
             speed = len(samples) / result.get("seconds", math.nan)
             yield {"processes": count, "cores": cores, "images/s": speed, **result}
 
 
-def measure_ranking(device: torch.device, quick: bool) -> Iterator[dict]:
-    """Rank random features around random centres. The matrix product is what no method can avoid."""
+def ranking(device: torch.device, quick: bool) -> Iterator[dict]:
+    """Random features around random centres. No method can avoid the matrix product."""
     for size, (Q, G, identities) in list(RANKING_SIZES.items())[: 1 if quick else None]:
         rng = torch.Generator().manual_seed(0)
         ids = [torch.randint(1, identities, (count,), generator=rng) for count in (Q, G)]
@@ -230,11 +223,11 @@ def measure_ranking(device: torch.device, quick: bool) -> Iterator[dict]:
                 part @ gallery.T
 
         rank = partial(evaluate.rank_metrics, query, gallery, *labels)
-        ways = {"matrix product": multiply, "ranking": rank}
-        ways["re-ranking"] = lambda rank=rank, query=query, gallery=gallery: rank(k_reciprocal(query, gallery))
-        for way, function in ways.items():  # one by one, so that each row is written as soon as it is known
-            result = alternate({way: function}, 3 if size == "Market-1501" else 0, device)[way]
-            yield {"size": size, "queries": Q, "gallery": G, "way": way, **result}
+        variants = {"matrix product": multiply, "ranking": rank}
+        variants["re-ranking"] = lambda rank=rank, query=query, gallery=gallery: rank(k_reciprocal(query, gallery))
+        for name, function in variants.items():  # one at a time, so that each row is written as soon as it is known
+            result = measure({name: function}, 3 if size == "Market-1501" else 0, device)[name]
+            yield {"size": size, "queries": Q, "gallery": G, "variant": name, **result}
 
 
 # -------------------------------------------------------------------------------------------------- counted
@@ -250,71 +243,65 @@ def count_gflop(work: Callable[[], object]) -> float:
 
 def count_kept_gib(model: PromptSG, dtype: torch.dtype) -> float:
     """Count what the forward pass of a batch of 64 keeps for the backward pass, without weights; fake tensors."""
-    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             output = model(torch.empty(64, 3, *SIZE))
-        gib = sum(kept.values()) / 2**30
-    del output
+        gib = sum(size for storage, size in kept.items() if storage not in weights) / 2**30
+    del output  # until here, no storage is reused
     return gib
 
 
-def count(device: torch.device, quick: bool) -> Iterator[dict]:
+def counted(device: torch.device, quick: bool) -> Iterator[dict]:
     """GFLOP of an image, GiB of a batch of 64, and GFLOP of an image in a whole training (Table 6)."""
-    yield from (count_backbone(backbone, *epochs) for backbone, epochs in CLIP_REID_EPOCHS.items())
+    for backbone, (epochs_1, epochs_2) in CLIP_REID_EPOCHS.items():
+        model = new_model(backbone, torch.device("cpu")).train()
+        ours = count_gflop(partial(train_promptsg, model)) / 64
+        stage_1, stage_2 = count_gflop(partial(train_prompt, model)), count_gflop(partial(train_encoder, model)) / 64
+        theirs = epochs_1 * stage_1 + epochs_2 * stage_2
+        state = sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
+        row = {"backbone": backbone, "GFLOP of training": ours}
+        row |= {f"GiB kept, {name}": count_kept_gib(model, PRECISIONS[name]) for name in ("bf16", "fp32")}
+        row["GiB of weights, gradients, Adam"] = state / 2**30
+        model.eval()
+        for name, (prompt, _) in VARIANTS.items():
+            row[f"GFLOP, {name}"] = count_gflop(partial(embed_batch, model, prompt)) / 64
+        yield row | {"60 epochs": 60 * ours, "CLIP-ReID": theirs, "ratio": 60 * ours / theirs}
 
 
-def count_backbone(backbone: str, epochs_1: int, epochs_2: int) -> dict:
-    model = new_model(backbone, torch.device("cpu")).train()
+def train_promptsg(model: PromptSG) -> None:
+    compute_loss(model(torch.empty(64, 3, *SIZE)), torch.arange(64) // 4, temperature=0.01).backward()
 
-    def images() -> Tensor:
-        return torch.empty(64, 3, *SIZE)
 
-    def train_prompt() -> None:
-        """Stage 1 of CLIP-ReID, one image: through the frozen text encoder, with cached image features."""
-        words = torch.zeros(1, 77, 512, requires_grad=True)
-        model.clip.encode_embeddings(words, torch.tensor([8])).sum().backward()
+def train_prompt(model: PromptSG) -> None:
+    """Stage 1 of CLIP-ReID for one image: through the frozen text encoder, with cached image features."""
+    words = torch.zeros(1, 77, 512, requires_grad=True)
+    model.clip.encode_embeddings(words, torch.tensor([8])).sum().backward()
 
-    def train_encoder() -> None:
-        model.clip.encode_image(images()).embedding.sum().backward()
 
-    def train_promptsg() -> None:
-        compute_loss(model(images()), torch.arange(64) // 4, temperature=0.01).backward()
+def train_encoder(model: PromptSG) -> None:
+    """Stage 2 of CLIP-ReID."""
+    model.clip.encode_image(torch.empty(64, 3, *SIZE)).embedding.sum().backward()
 
-    ours = count_gflop(train_promptsg) / 64
-    theirs = epochs_1 * count_gflop(train_prompt) + epochs_2 * count_gflop(train_encoder) / 64
-    state = sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
-    row = {"backbone": backbone, "GFLOP of training": ours}
-    row |= {f"GiB kept, {name}": count_kept_gib(model, PRECISIONS[name]) for name in ("bf16", "fp32")}
-    row["GiB of weights, gradients, Adam"] = state / 2**30
-    model.eval()
-    with torch.no_grad():
-        for way, (prompt, _) in WAYS.items():
-            row[f"GFLOP, {way}"] = count_gflop(lambda prompt=prompt: model.embed(images(), prompt)) / 64
-    return row | {"60 epochs": 60 * ours, "CLIP-ReID": theirs, "ratio": 60 * ours / theirs}
+
+@torch.no_grad()
+def embed_batch(model: PromptSG, prompt: str) -> None:
+    model.embed(torch.empty(64, 3, *SIZE), prompt)
 
 
 # --------------------------------------------------------------------------------------------------- script
 
-TOPICS = {
-    "step": measure_steps,
-    "inference": measure_inference,
-    "input": measure_input,
-    "ranking": measure_ranking,
-    "counted": count,
-}
+TOPICS = {"step": step, "inference": inference, "input": loading, "ranking": ranking, "counted": counted}
 
 
 def print_table(title: str, rows: list[dict]) -> None:
-    """Print rows in Markdown; a column is empty where a row lacks it."""
+    """Print rows as a Markdown table. A column is empty where a row does not have it."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:

@@ -1,7 +1,7 @@
-"""What ablation.py and readings.py share: train rows, keep each result as one JSON line, print tables.
+"""Shared code of ablation.py and readings.py: train rows, save their results, print tables.
 
-Every training appends one line to experiments/results/DATASET-BACKBONE.jsonl and is not repeated: delete a line to
-train it again. Several processes can share the work if each is given other --seeds.
+Each training appends a line to experiments/results/DATASET-BACKBONE.jsonl and is not repeated. To train it again,
+delete its line. Several processes can share the work: give each one different --seeds.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from demo import draw, tiny_clip  # noqa: E402
 from util import checkpoint  # noqa: E402
 from util.device import default_workers, setup  # noqa: E402
 
-# The miniature: its schedule is stated here, so that a change of the demo's defaults changes no table. On other
-# datasets train.py's defaults hold, which are those of section 5.1.
+# Schedule on the demo's drawings. It does not depend on the demo's defaults, so changing those changes no table.
+# Other datasets use train.py's defaults, from section 5.1.
 MINIATURE = "--epochs 16 --decay-every 12 --lr-visual 2e-4 --lr-new 2e-3 --image-size 128 64 --batch-ids 16"
 TRAIN_PEOPLE, TEST_PEOPLE = 128, 192
-DRAWING = 1000  # seed 0 draws with seed 1000: neither the demo's people nor those of the pre-training
-TEST_BATCH = 64  # matters only for a model whose blocks attend across the batch; 64 is IADT's
+DRAWING = 1000  # training seed 0 draws with seed 1000: other people than in the demo and in the pre-training
+TEST_BATCH = 64  # has an effect only if the blocks attend across the batch; 64 as in IADT
 
 
 class Variant(models.PromptSG):
-    """A PromptSG that computes something else; the plain evaluate.py refuses its checkpoints."""
+    """Base class of the variants of PromptSG. evaluate.py refuses their checkpoints."""
 
     def __init__(self, *args, variant: str = "", **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,18 +53,18 @@ class Variant(models.PromptSG):
 
 
 class Row(NamedTuple):
-    """A row of a table. Rows that differ in name, prompt or paper only share one training."""
+    """A row of a table. Rows that differ only in name, prompt or paper share one training."""
 
     name: str
     flags: str = ""  # of train.py
     model: type[models.PromptSG] = models.PromptSG
     supcon: Callable = losses.supcon_loss
-    pretrained: str = "both"  # encoders of CLIP that keep their pre-trained weights: "both", "visual", "text", "none"
+    pretrained: str = "both"  # CLIP's encoders with pre-trained weights: "both", "visual", "text", "none"
     prompt: str = "composed"  # at test time
     paper: str = ""  # mAP on Market-1501 in the paper
 
     def training(self, more_flags: str = "") -> str:
-        """Name what is trained; rows with the same name share it."""
+        """Return the name of the row's training."""
         parts = [self.model.__name__] if self.model is not models.PromptSG else []
         parts += [self.supcon.__name__] if self.supcon is not losses.supcon_loss else []
         parts += [f"pretrained={self.pretrained}"] if self.pretrained != "both" else []
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 def partly_pretrained(args: argparse.Namespace, pretrained: str) -> clip.CLIP:
-    """Return a CLIP of which some encoders are pre-trained; the temperature is the pre-trained one in any case."""
+    """Return a CLIP with one or no pre-trained encoder. Its temperature is always pre-trained."""
     name = train.CLIP_NAMES[args.backbone]
     whole = tiny_clip.load(args.image_size) if name == "tiny" else clip.load(args.clip_weights or name, args.image_size)
     mixed = clip.untrained(name, args.image_size, args.seed)
@@ -88,7 +88,7 @@ def partly_pretrained(args: argparse.Namespace, pretrained: str) -> clip.CLIP:
 
 
 def train_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
-    """Train a row with train.py and measure it; an interrupted training continues after its last saved epoch."""
+    """Train a row with train.py and evaluate it. An interrupted training is resumed."""
     name = re.sub(r"[^\w.]+", "-", f"{row.training(args.more_flags)} {seed}").strip("-")
     folder = Path(args.runs, f"{args.dataset}-{args.backbone}", name)
     flags = f"--dataset {args.dataset} --backbone {args.backbone} --seed {seed} --eval-every 0 --resume"
@@ -125,9 +125,9 @@ def accuracy(query: torch.Tensor, gallery: torch.Tensor, dataset: data.Dataset) 
 
 
 def text_to_image(model: models.PromptSG, samples: list[data.Sample], v: torch.Tensor, draw_seed: int) -> float:
-    """Return the mAP of finding drawn people by "A photo of a person with red top, blue skirt".
+    """Return the mAP of text-to-image retrieval with sentences like "A photo of a person with red top, blue skirt".
 
-    All images of everybody whom the sentence describes are right. v (N, D): unit length, as T(text).
+    Correct images are those of all people whom the sentence describes. v (N, D): L2-normalised, as T(text).
     """
     words = [draw.describe(draw.person_of(sample.pid, draw_seed)) for sample in samples]
     own = [draw.caption(word["top"], word["legs"]) for word in words]
@@ -141,7 +141,7 @@ def text_to_image(model: models.PromptSG, samples: list[data.Sample], v: torch.T
 
 @torch.inference_mode()
 def measure(model: models.PromptSG, dataset: data.Dataset, draw_seed: int) -> dict:
-    """Evaluate a model with every prompt it has, and with CLIP's own v; on drawn people, also from text to image."""
+    """Evaluate a model with all its prompts and with CLIP's own v; on drawings, also text-to-image retrieval."""
     samples = dataset.query + dataset.gallery
     paths = [sample.path for sample in samples]
     split = [len(dataset.query), len(dataset.gallery)]
@@ -154,7 +154,7 @@ def measure(model: models.PromptSG, dataset: data.Dataset, draw_seed: int) -> di
         mixed = features["composed"].split(split)[0], features["simplified"].split(split)[1]
         result["composed queries, simplified gallery"] = accuracy(*mixed, dataset)
 
-    # A feature must not depend on the images beside it: one image alone, then all images in another order.
+    # Does a feature depend on its batch? Compare one image alone, and if it does, all images in another order.
     alone, among = extract(paths[:1], prompts[-1])[0], features[prompts[-1]][0]  # (D,)
     result["alone and among others"] = round(F.cosine_similarity(alone, among, dim=0).item(), 4)
     if result["alone and among others"] < 0.999:
@@ -166,7 +166,7 @@ def measure(model: models.PromptSG, dataset: data.Dataset, draw_seed: int) -> di
             result[f"{prompt}, shuffled"] = accuracy(*shuffled, dataset)
             print(f"{prompt} prompt: sorted order {result[prompt]}, shuffled {result[f'{prompt}, shuffled']}")
     if dataset.name == "synthetic":
-        known = [i for i, sample in enumerate(samples) if sample.pid > 0]  # all but the distractors
+        known = [i for i, sample in enumerate(samples) if sample.pid > 0]  # without distractors
         result["text to image"] = text_to_image(model, [samples[i] for i in known], features["none"][known], draw_seed)
     return result
 
@@ -175,7 +175,7 @@ def measure(model: models.PromptSG, dataset: data.Dataset, draw_seed: int) -> di
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Format mean and standard error of fractions, in percent; "n.s.": a difference below two standard errors."""
+    """Format mean and standard error of fractions in percent. "n.s.": a difference below two standard errors."""
     mean = 100 * statistics.mean(values)
     if len(values) == 1:
         return f"{mean:{sign}.1f}"
@@ -184,12 +184,12 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def difference(values: list[float], reference: list[float]) -> str:
-    """Format the mean of the differences within a seed."""
+    """Format the mean difference between results of the same seed."""
     return spread([value - other for value, other in zip(values, reference, strict=True)], "+")
 
 
 def run(tables: dict[str, list[Row]], description: str, print_table: Callable) -> None:
-    """Train what the tables still need, then print them with print_table(title, rows, found).
+    """Train the rows that have no result yet, then print the tables with print_table(title, rows, found).
 
     found(row) returns the row's results, one for each seed.
     """

@@ -1,8 +1,7 @@
-"""Where the paper can be read in several ways: python experiments/readings.py
+"""Different readings of the paper: python experiments/readings.py
 
-Trains each reading with three seeds and prints the tables of docs/choices.md. A reading is flags of train.py, or a
-small subclass that computes what the reading says. With OpenAI's weights and MSMT17, which of the public code's
-readings gives the paper's numbers:
+Trains each reading with three seeds and prints the tables of docs/choices.md. A reading is a set of flags of train.py
+or a small subclass. This compares readings from public code with the paper's results on MSMT17, with OpenAI's weights:
 
 python experiments/readings.py --dataset msmt17 --backbone vit --seeds 0 --tables lineage
 """
@@ -24,7 +23,7 @@ from util.device import run_script
 
 
 class OneRow(Variant):
-    """Eq. 7's one row passes through the blocks."""
+    """The blocks see one token per image, the row of Eq. 7."""
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         module = self.interaction
@@ -41,7 +40,7 @@ class WeightedAfter(Variant):
 
 
 class ClassToken(Variant):
-    """z is the class token, which stands unweighted beside the re-weighted patches."""
+    """z is the class token. The class token is not re-weighted, the patches are."""
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         module = self.interaction
@@ -51,14 +50,14 @@ class ClassToken(Variant):
 
 
 class PatchesOnly(Variant):
-    """Keys and values are the patches, without the global token."""
+    """Keys and values are the patches, without the class token."""
 
     def interact(self, tokens: Tensor, text: Tensor) -> Tensor:
         return super().interact(tokens[:, 1:], text)
 
 
 class PostNorm(Variant):
-    """The blocks normalise after attention and feed-forward, as METER's do; their initial weights are ours."""
+    """Post-norm blocks, as in METER: normalisation after attention and feed-forward. Initial weights do not change."""
 
     class Block(ResidualAttentionBlock):
         def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -72,7 +71,7 @@ class PostNorm(Variant):
 
 
 class TextTokens(Variant):
-    """Every text token is a query: L rows pass through the blocks, and z is the row of the end token."""
+    """Every text token is a query. The blocks see L rows, and z is the row of the end token."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -80,7 +79,7 @@ class TextTokens(Variant):
             self.simplified_text = self.clip.encode_text(tokenize(SIMPLIFIED_PROMPT))  # (1, L, D)
 
     def all_tokens(self):
-        """Let the text encoder return the features of all tokens, (N, L, D); the end token is the last one."""
+        """Make the text encoder return the features of all tokens, (N, L, D). The end token is the last one."""
 
         def encode_embeddings(embeddings: Tensor, end: Tensor) -> Tensor:
             x = embeddings + self.clip.positional_embedding[: embeddings.shape[1]]
@@ -104,7 +103,7 @@ class TextTokens(Variant):
 
 
 class OwnWidth(Variant):
-    """Keys and values come from the tokens in the encoder's own width, before `proj` (ViT only)."""
+    """Keys and values are computed from the tokens before `proj`, in the width of the visual encoder (ViT only)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -124,7 +123,7 @@ class OwnWidth(Variant):
 
 
 class BlockStates(Variant):
-    """Triplet loss on the class token after the last three blocks of a ViT, by the paper's words alone."""
+    """Triplet loss on the class token after each of the last three blocks of a ViT: the literal reading."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -139,7 +138,7 @@ class BlockStates(Variant):
 
 
 class Inversion(Variant):
-    """Another inversion network, made of the layers of ours."""
+    """Another inversion network with layers of ours."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -157,7 +156,7 @@ class FourLayers(Inversion):
 
 
 class HiddenNorm(Inversion):
-    """Batch normalisation after the last hidden state instead of after S*, which starts at the same scale."""
+    """Batch normalisation after the last hidden state instead of after S*. The initial scale of S* does not change."""
 
     def layers(self, first, relu, second, relu_again, last, norm):
         nn.init.normal_(last.weight, std=norm.weight[0].item() * last.in_features**-0.5)
@@ -165,7 +164,7 @@ class HiddenNorm(Inversion):
 
 
 class UnitScale(Variant):
-    """S* starts at standard deviation 1 instead of that of a word embedding."""
+    """Initial standard deviation 1 of S*, instead of that of a word embedding."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -173,14 +172,14 @@ class UnitScale(Variant):
 
 
 class UnitInput(Variant):
-    """The inversion network takes v at unit length."""
+    """The input of the inversion network is v, L2-normalised."""
 
     def compose(self, image: Tensor, *args) -> Tensor:
         return super().compose(F.normalize(image, dim=1), *args)
 
 
 class LearnedTemperature(Variant):
-    """tau of Eqs. 5 and 6 is learned, starting from CLIP's own."""
+    """tau of Eqs. 5 and 6 is learned. Its initial value is CLIP's."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -188,12 +187,12 @@ class LearnedTemperature(Variant):
 
     @property
     def temperature(self) -> Tensor:
-        """A parameter, which `exponential_temperature` turns into tau at each step."""
+        """Return the parameter from which `exponential_temperature` computes tau."""
         return self.log_scale
 
 
 def exponential_temperature(image: Tensor, text: Tensor, labels: Tensor, log_scale: Tensor, *directions) -> Tensor:
-    """SupCon as ours, tau = 1 / exp(log_scale)."""
+    """Compute our SupCon with tau = 1 / exp(log_scale)."""
     return supcon_loss(image, text, labels, 1 / log_scale.exp(), *directions)
 
 
@@ -201,7 +200,7 @@ supcon_loss = losses.supcon_loss
 
 
 def dot_products(image: Tensor, text: Tensor, labels: Tensor, temperature: float, directions: list[str]) -> Tensor:
-    """SupCon as ours, but with dot products of features that are not normalised in the place of cosines."""
+    """Compute our SupCon with dot products instead of cosines: features are not normalised."""
     positive = labels[:, None] == labels[None, :]
     logits = losses.full_precision(image) @ losses.full_precision(text).T / temperature  # (B, B)
     log_p = {"i2t": logits.log_softmax(dim=1), "t2i": logits.T.log_softmax(dim=1)}
@@ -212,7 +211,7 @@ def dot_products(image: Tensor, text: Tensor, labels: Tensor, temperature: float
 
 
 class CrossFormer(nn.Module):
-    """IRRA's module as the lineage uses it: one row, layer norms, many heads, blocks, layer norm."""
+    """IRRA's module as in the lineage: one row per image, layer norms, several heads, blocks, layer norm."""
 
     def __init__(self, dim: int, blocks: nn.Module):
         super().__init__()
@@ -228,7 +227,7 @@ class CrossFormer(nn.Module):
 
 
 class LineageModule(Variant):
-    """The lineage's interaction module; its blocks see one image at a time. All else is ours."""
+    """The lineage's interaction module; its blocks see one image at a time. The rest is ours."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -236,7 +235,7 @@ class LineageModule(Variant):
 
 
 class Lineage(LineageModule):
-    """Also the lineage's inversion network, with dropout and without batch norm, and triplet loss on v alone."""
+    """Also the lineage's inversion network, with dropout and without batch norm, and triplet loss on v only."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -249,7 +248,7 @@ class Lineage(LineageModule):
 
 
 class LineageAcross(Lineage):
-    """The blocks take the batch for the sequence: a feature depends on the images beside it."""
+    """The blocks treat the batch as the sequence: a feature depends on the other images in the batch."""
 
     class Blocks(nn.Sequential):
         def forward(self, rows: Tensor) -> Tensor:
@@ -305,21 +304,28 @@ TABLES = {  # the first row is the reference
         Row("batch normalisation after the last hidden state", model=HiddenNorm),
     ],
 }
-WAYS = ("composed", "simplified", "composed queries, simplified gallery", "composed, shuffled", "simplified, shuffled")
+SETTINGS = (
+    "composed",
+    "simplified",
+    "composed queries, simplified gallery",
+    "composed, shuffled",
+    "simplified, shuffled",
+)
 
 
 def print_table(title: str, rows: list[Row], found: Callable) -> None:
-    """Print the mAP of each way to evaluate, and in brackets the difference to ours evaluated in the same way."""
-    print(f"\n{title}: mAP\n\n| reading | {' | '.join(WAYS)} | alone and among others |\n|---|{'---|' * len(WAYS)}---|")
+    """Print the mAP of each setting, and in brackets the difference to our model with the same setting."""
+    print(f"\n{title}: mAP\n\n| reading | {' | '.join(SETTINGS)} | alone and among others |")
+    print(f"|---|{'---|' * len(SETTINGS)}---|")
     ours = found(rows[0])
     for row in rows:
         cells = []
-        for way in WAYS:
-            if way not in found(row)[0]:
+        for setting in SETTINGS:
+            if setting not in found(row)[0]:
                 cells.append("")
                 continue
-            values = [result[way]["mAP"] for result in found(row)]
-            reference = [result[way.removesuffix(", shuffled")]["mAP"] for result in ours]
+            values = [result[setting]["mAP"] for result in found(row)]
+            reference = [result[setting.removesuffix(", shuffled")]["mAP"] for result in ours]
             cells.append(spread(values) + ("" if row is rows[0] else f" ({difference(values, reference)})"))
         cosines = [result["alone and among others"] for result in found(row)]
         print(f"| {row.name} | {' | '.join(cells)} | {min(cosines):.3f} |")

@@ -1,8 +1,10 @@
-"""Evaluate a checkpoint of CLIP-ReID with our code and compare with the published figures.
+"""Evaluate a checkpoint of CLIP-ReID with this code and compare with the published results.
 
-python -m extras.gate WEIGHTS.pth --dataset market1501    # the README of github.com/Syliz517/CLIP-ReID links the files
+python -m extras.gate WEIGHTS.pth --dataset market1501
 
-If the figures agree, the visual encoder, the data and the evaluation are right.
+The README of github.com/Syliz517/CLIP-ReID has links to the checkpoints.
+
+If the results agree, the visual encoder, the data and the evaluation are correct.
 """
 
 import argparse
@@ -24,9 +26,9 @@ import evaluate
 from util.checkpoint import read_tensors
 from util.device import default_workers, ignore_interrupts, one_line, run_script, setup, show_progress
 
-GRID = (16, 8)  # of the tokens of an image of 256x128
+GRID = (16, 8)  # patches of an image of 256x128
 MEAN_STD = {"ViT": ([0.5] * 3, [0.5] * 3), "CNN": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}  # CNN: ImageNet's
-EXPECTED = {  # mAP and Rank-1 in the paper's Table 2, whose rows "Baseline" are, we believe, CLIP-ReID's baselines
+EXPECTED = {  # mAP and Rank-1 from the paper's Table 2; we assume that its rows "Baseline" are CLIP-ReID's
     "ViT-baseline": {"market1501": (86.4, 93.3), "msmt17": (66.1, 84.4), "dukemtmc": (80.0, 88.8)},
     "CNN-baseline": {"market1501": (88.1, 94.7), "msmt17": (60.7, 82.1), "dukemtmc": (79.3, 88.6)},
     "ViT-CLIP-ReID": {"market1501": (89.6, 95.5), "msmt17": (73.4, 88.7), "dukemtmc": (82.5, 90.0)},
@@ -35,7 +37,7 @@ EXPECTED = {  # mAP and Rank-1 in the paper's Table 2, whose rows "Baseline" are
 
 
 def load_encoder(path: Path) -> tuple[nn.Module, str, list[str]]:
-    """Return a checkpoint's visual encoder, its name in EXPECTED, and names of what else the checkpoint holds.
+    """Return the visual encoder of a checkpoint, its name in EXPECTED, and the names of the other modules.
 
     Raises FileNotFoundError, or ValueError if it is not a checkpoint that the gate can evaluate.
     """
@@ -70,9 +72,9 @@ def read_images(paths: Sequence[Path]) -> Tensor:
 
 @torch.inference_mode()
 def extract(encoder: nn.Module, paths: list[Path], mean: list[float], std: list[float], workers: int = 0) -> Tensor:
-    """Return the last hidden state beside v, before the necks, of length 1: (N, 768 + 512), or RN50 (N, 2048 + 1024).
+    """Return the last hidden state and v, L2-normalised: ViT (N, 768 + 512), RN50 (N, 2048 + 1024).
 
-    Raises OSError if an image cannot be read.
+    CLIP-ReID calls these features "before" the BNNecks. Raises OSError if an image cannot be read.
     """
     device, features = next(encoder.parameters()).device, []
     loader = DataLoader(paths, 128, num_workers=workers, collate_fn=read_images, worker_init_fn=ignore_interrupts)
@@ -86,7 +88,7 @@ def extract(encoder: nn.Module, paths: list[Path], mean: list[float], std: list[
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("weights", type=Path, metavar="WEIGHTS.pth", help="checkpoint that CLIP-ReID's README links")
+    add("weights", type=Path, metavar="WEIGHTS.pth", help="checkpoint from the README of CLIP-ReID")
     add("--dataset", choices=data.FOLDERS, required=True, help="dataset that it was trained on")
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
@@ -104,13 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     result = evaluate.rank_dataset(dataset, *features.split([len(dataset.query), len(dataset.gallery)]))
     print(f"{args.dataset}, {name}: {evaluate.describe(result)}")
     if args.dataset not in EXPECTED[name]:
-        print("no figure is published for this model on this dataset: no verdict")
+        print("no result is published for this model on this dataset: no verdict")
         return
     mAP, rank1 = EXPECTED[name][args.dataset]
-    print(f"expected: mAP {mAP}%  Rank-1 {rank1}%, both to 0.3")
+    print(f"expected: mAP {mAP}%  Rank-1 {rank1}%, both within 0.3")
     if max(abs(100 * result["mAP"] - mAP), abs(100 * result["rank1"] - rank1)) > 0.3:
         sys.exit("FAILED: check the dataset's version (MSMT17: V1), the file (is it this dataset's?), the images")
-    print("passed: encoder, data and evaluation are right")
+    print("passed: visual encoder, data and evaluation are correct")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Draw what a trained model sees: best matches, attention maps, transformer relevance.
+"""Draw best matches, attention maps and transformer relevance of trained models.
 
-python -m extras.look                               best matches of some queries, and where the model looks in them
+python -m extras.look                               best matches and attention maps of some queries
 python -m extras.look --before-after                best matches before and after training
-python -m extras.look --images one.jpg folder       where the model looks in your own images
-python -m extras.look --figure-4 RUN RUN            what several runs recognise people by, side by side
+python -m extras.look --images one.jpg folder       attention maps of your own images
+python -m extras.look --figure-4 RUN RUN            relevance maps of several runs, as in Figure 4
 
-On the demo, whose masks show the person, it also measures how much of the attention lies on the person.
+On the demo, which has masks, it also measures how much of the attention is on the person.
 """
 
 import argparse
@@ -33,24 +33,24 @@ from model import PromptSG, restore_model
 from util import checkpoint
 from util.device import default_workers, run_script, setup, show_progress
 
-# ---------------------------------------------------------------------------------------- where a model looks
+# ------------------------------------------------------------------------------------------------------- maps
 
 
 def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Callable[..., Tensor]) -> Tensor:
     """Return the relevance of each token for a target S: normalised images (B, 3, H, W) -> (B, 1 + M).
 
-    Transformer relevance (Chefer, Gur and Wolf, ICCV 2021, by the authors of the paper's [2]): from the first layer to
-    the last, R <- R + E_heads[(dS/dA * A)^+] R, where A are attention probabilities. The cross-attention weights token
+    Transformer relevance (Chefer, Gur and Wolf, ICCV 2021; the paper's [2] has the same authors). From the first layer
+    to the last: R <- R + E_heads[(dS/dA * A)^+] R, with attention probabilities A. The cross-attention multiplies token
     i by a_i, so its matrix is diagonal.
 
     Args:
-        target: function of v (B, D), z (B, D) and the text embedding l (B or 1, D; held constant) that returns S (B,).
+        target: function that returns S (B,) from v (B, D), z (B, D) and the text embedding l (B or 1, D; constant).
             S must depend on z.
 
     Raises ValueError for a ResNet.
     """
     if not isinstance(model.clip.visual, clip.VisionTransformer):
-        raise ValueError("transformer relevance needs a ViT, and this model's visual encoder is a ResNet")
+        raise ValueError("transformer relevance needs a ViT, but this model's visual encoder is a ResNet")
     encoder = [block.attn for block in model.clip.visual.transformer.resblocks]
     after = [block.attn for block in model.interaction.blocks] if model.interaction else []
     for layer in encoder + after:
@@ -73,22 +73,22 @@ def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Calla
     for A, gradient in zip(maps, torch.autograd.grad(target(v, z, text).sum(), maps)):
         positive = (A * gradient).detach().clamp(min=0)
         R = R + (positive.unsqueeze(2) * R if A.ndim == 2 else positive.mean(dim=1) @ R)  # (B, 1 + M, 1 + M)
-    R = R - identity  # without the relevance of each token to itself
-    return R.mean(dim=1) if model.interaction else R[:, 0]  # z is the mean of the last tokens, or the class token
+    R = R - identity  # without each token's relevance to itself
+    return R.mean(dim=1) if model.interaction else R[:, 0]  # z is the mean of the tokens, or the class token
 
 
 def similarity_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
-    """Target: cosine similarity of l to v, which L_SupCon increases (Eq. 5), plus that of l to z."""
+    """Return the cosine similarity of l to v, which L_SupCon increases (Eq. 5), plus that of l to z."""
     return F.cosine_similarity(v, text) + F.cosine_similarity(z, text)
 
 
 def identity_relevance(
     model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], prompt: str | None = None, workers: int = 0
 ) -> Tensor:
-    """Return what a model recognises people by (Figure 4): samples -> relevance of the patches (N, h, w).
+    """Return the relevance of the patches (N, h, w) for recognising the person (Figure 4).
 
-    The target is the mean similarity of an image's retrieval feature to those of the same person's other images in
-    `pool`, which are held constant.
+    The target is the mean similarity of an image's retrieval feature to those of the other images of the same identity
+    in `pool`, which are constant.
     """
     people = {sample.pid for sample in samples}
     pool = [sample for sample in pool if sample.pid in people]
@@ -107,14 +107,14 @@ def identity_relevance(
 
 
 def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
-    """Return the attention of a prompt on the patches of images (Figures 1 and 2): (N, h, w)."""
+    """Return the attention maps of a prompt (Figures 1 and 2), over the patches: (N, h, w)."""
     return make_maps(model, paths, lambda images, part: model.attention_map(images, prompt))
 
 
 def make_maps(model: PromptSG, paths: list[Path], function: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """Return maps over the patches of image files, (N, h, w), on the CPU.
 
-    function: from normalised images (B, 3, H, W), and their slice of `paths`, to values of their tokens (B, 1 + M).
+    function: normalised images (B, 3, H, W), slice of `paths` -> values of the image tokens (B, 1 + M).
     """
     device, maps = next(model.parameters()).device, []
     for begin in range(0, len(paths), 16):
@@ -127,14 +127,14 @@ def make_maps(model: PromptSG, paths: list[Path], function: Callable[[Tensor, sl
 
 
 def describe_inside(maps: Tensor, dataset: data.Dataset) -> str:
-    """Describe how much of the maps of the demo's queries (Q, h, w) lies on the person, as its masks show it."""
+    """Return a text: how much of the maps of the demo's queries (Q, h, w) is inside the mask of the person."""
     masks = [data.open_image(dataset.folder / "masks" / f"{sample.path.stem}.png") for sample in dataset.query]
     masks = torch.stack([v2.functional.pil_to_tensor(mask)[0] for mask in masks]) / 255
     inside = F.adaptive_avg_pool2d(masks, maps.shape[1:]).flatten(1)  # (Q, M), the person's share of each patch
     maps = maps.flatten(1)
     share = ((maps * inside).sum(dim=1) / maps.sum(dim=1)).mean()
-    peak = (inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5).float().mean()  # the pointing game
-    return f"{share:.1%} of it, its peak in {peak:.1%} of the images (the person covers {inside.mean():.1%})"
+    peak = (inside.gather(1, maps.argmax(dim=1, keepdim=True)) >= 0.5).float().mean()  # as in the pointing game
+    return f"{share:.1%}; the maximum in {peak:.1%} of the images; the person covers {inside.mean():.1%}"
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -148,7 +148,7 @@ def load_run(path: Path, device: torch.device) -> tuple[PromptSG, dict]:
 
 
 def before_training(state: dict, **changes) -> PromptSG:
-    """Return the model of a run before training, in eval mode: the CLIP it started from, and random new modules.
+    """Return the model of a run before training, in eval mode: its initial CLIP, and new modules with random weights.
 
     changes: arguments of PromptSG that differ from the run's.
     """
@@ -177,7 +177,7 @@ MAPS = {"from the lowest to the highest value of each map": HEAT}  # legend of m
 
 
 class Tile(NamedTuple):
-    """An image, uint8 (3, 192, 96), with a caption below it, in a coloured frame."""
+    """An image, uint8 (3, 192, 96), with a coloured frame and a caption."""
 
     image: Tensor
     caption: str
@@ -185,7 +185,7 @@ class Tile(NamedTuple):
 
 
 def heat(image: Tensor, values: Tensor) -> Tensor:
-    """Lay a map (h, w), from its least (dark) to its greatest value (yellow), over an image."""
+    """Blend an image with a map (h, w), from its lowest (dark) to its highest value (yellow)."""
     scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     smooth = F.interpolate(scaled[None, None], TILE, mode="bicubic", align_corners=False)[0, 0]
     position = smooth.clamp(0, 1) * (len(HEAT) - 1)
@@ -205,7 +205,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) 
 
 
 def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[str, list]) -> None:
-    """Draw groups of tiles, one or more groups to a line of up to twelve tiles.
+    """Draw groups of tiles in lines of up to twelve tiles.
 
     Args:
         title: what the sheet shows, and for which model.
@@ -238,37 +238,37 @@ def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[st
             canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
     with checkpoint.atomic_write(path) as temporary:
         sheet.save(temporary, quality=85)
-    print(f"drawn: {data.printable(path)}")
+    print(f"image written to {data.printable(path)}")
 
 
-# ------------------------------------------------------------------------------------------- what can be drawn
+# ------------------------------------------------------------------------------------------- what is drawn
 
-ORDERS = {"spread": "at even distances from the lowest to the highest AP", "worst": "of lowest AP"}
+ORDERS = {"spread": "from the lowest to the highest AP", "worst": "with the lowest AP"}
 
 
 def spread(items: list, count: int) -> list:
-    """Return `count` items at even distances in a list, or all if there are fewer."""
+    """Return `count` evenly spaced items of a list, or all if there are fewer."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def choose_queries(ap: Tensor, order: str, count: int) -> list[int]:
-    """Choose queries by their AP (Q,), in one of ORDERS, the lowest AP first. Queries without an AP are skipped."""
+    """Choose queries by their AP (Q,) in one of ORDERS, the lowest first. Queries without an AP are skipped."""
     ranked = ap.argsort(stable=True)[: int(ap.isfinite().sum())].tolist()  # NaN is last
     return ranked[:count] if order == "worst" else spread(ranked, count)
 
 
 def choose_people(samples: list[data.Sample], pool: list[data.Sample], count: int) -> list[data.Sample]:
-    """Return the first image of `count` people, at even distances by identity, who have several images in `pool`."""
+    """Choose `count` identities with several images in `pool`, evenly spaced. Return the first image of each."""
     images, first = Counter(sample.pid for sample in pool), {sample.pid: sample for sample in reversed(samples)}
     people = [first[pid] for pid in sorted(first) if images[pid] > 1]
     if not people:
-        raise ValueError("nobody in this dataset has several images, so there is nothing to compare")
+        raise ValueError("no identity in this dataset has several images: there is nothing to compare")
     return spread(people, count)
 
 
 def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, caption: str) -> list[Tile]:
-    """Return the tiles of query q and of its best matches by their similarity (G,), without junk."""
+    """Return the tiles of query q and of its best matches by similarity (G,), without ignored images."""
     query = dataset.query[q]
     tiles = [Tile(data.read_image(query.path, TILE), f"query id {query.pid} c{query.camid} {caption}")]
     for g in similarity.argsort(descending=True, stable=True).tolist():
@@ -282,7 +282,7 @@ def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, 
 def draw_matches(
     dataset: data.Dataset, results: dict[str, dict], queries: list[int], count: int, path: Path, title: str
 ) -> None:
-    """Draw the best matches of queries by the features of one or more results of `evaluate` (by caption)."""
+    """Draw the best matches of queries. results: of `evaluate.evaluate`, by caption."""
     groups = [
         best_matches(dataset, q, result["query"][q] @ result["gallery"].T, count, caption)
         for q in queries
@@ -293,7 +293,7 @@ def draw_matches(
 
 
 def map_tiles(paths: list[Path], captions: list[str], maps: dict[str, Tensor]) -> list[list[Tile]]:
-    """Return the tiles of each image and of its maps ((N, h, w) by caption)."""
+    """Return a group of tiles for each image: the image and its maps. maps: (N, h, w), by caption."""
     images = [data.read_image(path, TILE) for path in paths]
     return [
         [Tile(image, caption), *(Tile(heat(image, maps[name][n]), name) for name in maps)]
@@ -302,21 +302,21 @@ def map_tiles(paths: list[Path], captions: list[str], maps: dict[str, Tensor]) -
 
 
 def draw_attention(model: PromptSG, paths: list[Path], prompts: list[str], path: Path, title: str) -> None:
-    """Draw where prompts look in images and, for a ViT, transformer relevance."""
+    """Draw the attention maps of prompts and, for a ViT, transformer relevance."""
     maps = {f"{prompt} prompt": attention(model, paths, prompt) for prompt in prompts}
     if isinstance(model.clip.visual, clip.VisionTransformer):
         maps["transformer relevance"] = make_maps(
             model, paths, lambda images, part: relevance(model, images, prompts[-1], similarity_to_prompt)
         )
-    draw_sheet(map_tiles(paths, [path.name for path in paths], maps), path, f"Where the prompts look: {title}", MAPS)
+    draw_sheet(map_tiles(paths, [path.name for path in paths], maps), path, f"Attention of the prompts: {title}", MAPS)
 
 
 def draw_figure_4(
     columns: dict[str, tuple[PromptSG, str | None]], dataset: data.Dataset, count: int, workers: int, path: Path
 ) -> None:
-    """Draw what models recognise the same people by (Figure 4): training people on the left, test people on the right.
+    """Draw relevance maps of several models (Figure 4): training identities on the left, test identities on the right.
 
-    columns: models and their prompts, by name.
+    columns: model and prompt, by name.
     """
     test, halves = dataset.query + dataset.gallery, []
     for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
@@ -324,7 +324,7 @@ def draw_figure_4(
         maps = {name: identity_relevance(model, samples, pool, p, workers) for name, (model, p) in columns.items()}
         captions = [f"{subset} person {sample.pid}" for sample in samples]
         halves.append(map_tiles([sample.path for sample in samples], captions, maps))
-    title = f"Relevance for the similarity to the same person's other images: {', '.join(columns)}"
+    title = f"Relevance for the similarity to other images of the same person: {', '.join(columns)}"
     draw_sheet([left + right for left, right in zip(*halves)], path, title, MAPS)
     for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
         maps = identity_relevance(model, dataset.query, test, prompt, workers)
@@ -338,12 +338,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--before-after", action="store_true", help="best matches before and after training")
-    what.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="attention in own files and folders")
-    what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance of directories or checkpoints")
+    what.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="attention maps of own images")
+    what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance maps of runs or checkpoints")
     add = parser.add_argument
     add("--count", type=int, default=8, help="number of queries, images or people to draw (default: 8)")
-    add("--queries", choices=ORDERS, default="spread", help="which queries, by their AP (default: spread)")
-    add("--output", type=Path, default=Path("look"), help="directory of the sheets (default: look)")
+    add("--queries", choices=ORDERS, default="spread", help="choice of queries by AP (default: spread)")
+    add("--output", type=Path, default=Path("look"), help="directory of the images (default: look)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--dataset", choices=data.FOLDERS, help="dataset (default: the one trained on)")
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         columns = {}
         for run in args.figure_4:
             model, state = load_run(run / "last.pt" if run.is_dir() else run, device)
-            if not columns:  # CLIP as the first run found it
+            if not columns:  # the initial CLIP of the first run
                 original = before_training(state, interaction=False, inversion=False).to(device)
                 columns["original"] = original, "simplified"
                 dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root)
@@ -382,11 +382,11 @@ def main(argv: list[str] | None = None) -> None:
     prompts = ["simplified", "composed"] if model.inversion else ["simplified"]
     if args.images:
         if not model.interaction:
-            raise ValueError("--images shows the attention of the interaction module, which this model does not have")
+            raise ValueError("--images needs an interaction module, which this model does not have")
         found = data.find_images(args.images)
         paths = found[: args.count]
         if len(found) > len(paths):
-            print(f"{len(found)} images, of which the first {len(paths)} are drawn: --count draws more")
+            print(f"{len(found)} images found, {len(paths)} drawn: use --count to draw more")
         draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
         return
 

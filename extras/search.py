@@ -4,8 +4,8 @@ python -m extras.search --images folder --query one.jpg two.jpg
 python -m extras.search --images folder --words "a person with red top, a bag"
 python -m extras.search --images folder --query one.jpg --words "a person with green top"
 
-Images are compared by their retrieval features. With words they are compared by CLIP's embedding v, because the
-features of texts lie in its space only.
+Images are compared by their retrieval features. With words, they are compared by CLIP's embedding v,
+because text features are in the space of v.
 """
 
 import argparse
@@ -36,9 +36,9 @@ def search(
     count: int = 10,
     workers: int = 0,
 ) -> list[dict]:
-    """Return the best matches of each query among images, or those of the words if there is no query.
+    """Return the best matches of each query among images. Without queries, return those of the words.
 
-    A query with words is the mean of v and T("A photo of WORDS"). The file of a query is not among its own matches.
+    A query with words is the mean of v and T("A photo of WORDS"). A query does not match its own file.
 
     Returns for each query {"query": path or None, "words": words, "matches": [{"rank", "similarity", "path"}, ...]}.
     Raises OSError if a query, or all of the images, cannot be read.
@@ -63,7 +63,7 @@ def search(
 
 
 def extract_readable(model: PromptSG, paths: list[Path], space: str, workers: int) -> tuple[Tensor, list[Path]]:
-    """Return the features of the images that can be read, and their paths. Print how many are skipped."""
+    """Return the features and paths of the images that can be read. Print how many are skipped."""
     try:
         return evaluate.extract(model, paths, space, workers=workers), paths
     except OSError:
@@ -86,12 +86,18 @@ def is_readable(path: Path) -> bool:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=Path, nargs="+", metavar="PATH", required=True, help="files, or folders with subfolders")
+    add("--images", type=Path, nargs="+", metavar="PATH", required=True, help="image files and folders to search in")
     add("--query", type=Path, nargs="+", metavar="IMAGE", default=[], help="images to search for")
     add("--words", help='words to search for, as in "A photo of WORDS"; with --query, search for both')
     add("--count", type=int, default=10, help="number of matches of each query (default: 10)")
     add("--json", type=Path, metavar="FILE.json", help="write the matches to a file")
-    add("--output", type=Path, metavar="FILE.jpg", default="search.jpg", help="sheet (default: search.jpg)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jpg",
+        default="search.jpg",
+        help="sheet of matches (default: search.jpg)",
+    )
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
@@ -100,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not (args.query or args.words):
         parser.error("nothing to search for: give --query IMAGE or --words WORDS")
     if args.words and args.prompt:
-        parser.error("--prompt has no effect on words, which are compared by v: drop it")
+        parser.error("--prompt has no effect with --words, which uses v: drop it")
     if args.count < 1:
         parser.error("--count must be at least 1")
     for file, suffix in ((args.json, ".json"), (args.output, ".jpg")):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 if not any("test_cuda" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, on a GPU machine too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests run on the CPU
 
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # plain `pytest` works as well as `python -m pytest`
+sys.path.insert(0, str(ROOT))  # for plain `pytest`, too
 
 import clip  # noqa: E402
 from demo import draw  # noqa: E402
@@ -24,14 +24,14 @@ FLAGS = "--dataset synthetic --backbone tiny --epochs 4 --decay-every 2 --batch-
 FLAGS += " --clip-weights random --image-size 64 32"
 FLAGS += " --lr-visual 4e-4 --lr-new 8e-4 --decay-factor 0.5 --weight-decay 1e-3"
 
-# Autograd starts its threads at its first backward pass. After torch.export that is one too many for test_processes.py,
-# which forks; so the first one is here.
+# Autograd starts its threads at the first backward pass. test_processes.py forks, which would hang if they were started
+# after torch.export. So they are started here.
 torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
-    """A --data-root with a small drawing of the demo data: 20 + 6 identities, four cameras."""
+    """A --data-root with a small drawing of the demo's dataset: 20 + 6 identities, four cameras."""
     root = tmp_path_factory.mktemp("data")
     draw.draw_dataset(root / "synthetic", train_ids=20, test_ids=6, images=8)
     return root
@@ -39,14 +39,14 @@ def demo_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(demo_root, tmp_path) -> Path:
-    """A directory to run scripts in, with the demo data where they look for it."""
+    """A directory to run scripts in, with the demo's dataset in data/."""
     (tmp_path / "data").symlink_to(demo_root)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def trained(demo_root, tmp_path_factory) -> Path:
-    """Such a directory after train.py with FLAGS; its output is in printed.txt. Tests must not change it."""
+    """A directory after `train.py FLAGS`, with its output in printed.txt. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").symlink_to(demo_root)
     (folder / "printed.txt").write_text(output_of("train.py", FLAGS, folder))
@@ -54,7 +54,7 @@ def trained(demo_root, tmp_path_factory) -> Path:
 
 
 def run(script: str, arguments: str, folder: Path, *more) -> subprocess.CompletedProcess:
-    """Run a script as from the command line, without the seconds that starting Python and importing torch take."""
+    """Run a script in this process, which saves the seconds of starting Python and importing torch."""
     argv, out, err, status = [script, *arguments.split(), *map(str, more)], io.BytesIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = argv
@@ -79,7 +79,7 @@ def output_of(script: str, arguments: str, folder: Path, *more) -> str:
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert that a script failed with one line on stderr that holds these words, without a traceback."""
+    """Check that a script failed with one line on stderr that contains these words, without a traceback."""
     assert result.returncode not in (0, None), result.stdout
     last = result.stderr.strip().splitlines()[-1]
     assert "error: " in last and "Traceback" not in result.stderr, result.stderr
@@ -89,11 +89,11 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 @pytest.fixture
 def make_model():
-    """Builds the demo's tiny model, with the arguments of PromptSG."""
+    """A function that builds the demo's small model with random weights, with the arguments of PromptSG."""
 
-    def make(num_identities: int = 10, **ablations) -> PromptSG:
+    def make(num_identities: int = 10, **components) -> PromptSG:
         torch.manual_seed(0)
-        return PromptSG(clip.untrained("tiny", (64, 32)), num_identities, **ablations)
+        return PromptSG(clip.untrained("tiny", (64, 32)), num_identities, **components)
 
     return make
 

@@ -1,7 +1,6 @@
-"""CLIP weights made by a formula, in the layout of OpenAI's archives; and such archives on disk.
+"""CLIP weights computed by a formula, and files with them in the layout of OpenAI's archives.
 
-The values that tests/test_clip.py compares with were recorded from OpenAI's own code (github.com/openai/CLIP,
-clip/model.py) holding these same weights.
+The features in test_clip.py and test_weights.py were recorded from other implementations with these weights.
 """
 
 import warnings
@@ -21,12 +20,12 @@ SMALL_RESNET = dict(vision_layers=(1, 2, 1, 1), vision_width=8, image_size=(64, 
 
 
 def formula(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers from -1 to 1 that depend on name and shape alone: NumPy's RandomState never changes its stream."""
+    """Return numbers from -1 to 1 that depend only on name and shape. NumPy's RandomState never changes its stream."""
     return torch.as_tensor(np.random.RandomState(zlib.crc32(name.encode())).uniform(-1, 1, shape))
 
 
 def formula_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Weights of plausible size for each name and shape, exactly representable in half precision."""
+    """Return weights of plausible scale, each exact in half precision."""
     weights = {}
     for name, shape in shapes.items():
         values = formula(name, shape)
@@ -54,15 +53,15 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def small_weights(config: dict) -> dict[str, Tensor]:
-    with torch.device("meta"):  # sizes without numbers
+    with torch.device("meta"):  # shapes without values
         shapes = shapes_of(clip.CLIP(**config))
     return formula_weights(shapes)
 
 
 def write_archive(weights: dict[str, Tensor], path: Path) -> Path:
-    """A TorchScript archive as OpenAI published them: half precision, with the three numbers that theirs carry.
+    """Write a TorchScript archive as OpenAI published them: half precision, and three numbers.
 
-    Its sha256 is entered beside OpenAI's, since no other archive is opened.
+    clip.py opens archives of known SHA-256 only, so this one is added to clip.URLS.
     """
     root = nn.Module()
     for name, tensor in {**weights, "input_resolution": 64, "context_length": 77, "vocab_size": 600}.items():
@@ -82,10 +81,10 @@ def write_archive(weights: dict[str, Tensor], path: Path) -> Path:
 
 
 def formula_images(height: int, width: int) -> Tensor:
-    """Two different pictures (2, 3, H, W): noise over a ramp, from left to right and from top to bottom."""
+    """Return two images (2, 3, H, W): noise over a ramp, from left to right and from top to bottom."""
     right, down = torch.meshgrid(torch.linspace(-2, 2, width), torch.linspace(-2, 2, height), indexing="xy")
     return torch.stack([right, down])[:, None] + formula("images", (2, 3, height, width)).float()
 
 
-# The end token is the highest id of the small vocabulary, 599, as it is of CLIP's own.
+# The end token has the highest id: 599 in the small vocabulary.
 TOKEN_IDS = torch.tensor([[598, 7, 99, 599, 0, 0, 0, 0], [598, 300, 21, 4, 5, 6, 599, 0], [598, 599, 0, 0, 0, 0, 0, 0]])

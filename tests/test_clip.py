@@ -1,7 +1,7 @@
-"""clip.py against OpenAI's own code.
+"""clip.py gives the results of OpenAI's code.
 
-The expected numbers were recorded once from github.com/openai/CLIP: token ids from simple_tokenizer.py, features from
-model.py's `build_model` holding the weights and reading the inputs of openai_format.py, in single precision.
+The expected numbers were recorded from github.com/openai/CLIP: token ids from simple_tokenizer.py, features from
+`build_model` of model.py with the weights and inputs of openai_format.py, in single precision.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ IMAGE_FEATURES = {
         [-1.50023, 8.69683, -4.61412, 13.7491, -9.29454, 15.76978, 3.43607, -2.45317],
     ],
 }
-# sha256 of the sorted lines "name shape" of the original models' state dicts.
+# SHA-256 of the sorted lines "name shape" of the original state dicts.
 LAYOUTS = {
     "ViT-B/16": "a8f7047243e613f7be6d3166dda68bd84df4eb075659f4dc9cb0bfca9a8dbea9",
     "RN50": "e5f0681b1583add73e23651791dfe72e2792dc6805a3584dfc6ea62490330233",
@@ -67,23 +67,23 @@ def archives(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TOKENS)
-def test_token_ids_are_the_originals(text):
+def test_token_ids_match_the_original(text):
     tokens = clip.tokenize(text)
     assert tokens.shape == (1, 77) and tokens.dtype == torch.long
     expected = [49406, *TOKENS[text], 49407]
     assert tokens[0].tolist() == expected + [0] * (77 - len(expected))
 
 
-def test_tokenize_refuses_a_text_that_is_too_long():
+def test_a_text_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="79 tokens long"):
         clip.tokenize("person " * 77)
     assert clip.tokenize("person " * 75)[0, -1] == 49407
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_features_are_the_originals(kind, archives):
+def test_features_match_the_original(kind, archives):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch.jit.load is deprecated and says so; a user can do nothing about it
+        warnings.simplefilter("error")  # such as torch's, that torch.jit.load is deprecated
         model = clip.load(archives[kind], image_size=(64, 64), last_stride=2)
     with torch.no_grad():
         features = model.encode_image(formula_images(64, 64))
@@ -94,7 +94,7 @@ def test_features_are_the_originals(kind, archives):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_state_dict_has_the_originals_names_and_shapes(name):
+def test_names_and_shapes_match_the_original(name):
     with torch.device("meta"):
         model = clip.CLIP(**clip.ARCHITECTURES[name], image_size=(224, 224), last_stride=2)
     lines = sorted(f"{key} {shape}" for key, shape in shapes_of(model).items())
@@ -103,22 +103,22 @@ def test_state_dict_has_the_originals_names_and_shapes(name):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tokens_and_states_at_person_size(kind, archives):
-    """CLIP-ReID's states: the token behind the last block but one and behind ln_post, or two stages averaged; and v."""
-    model, seen = clip.load(archives[kind]), []
+    """ViT: the class token after the last but one block and after ln_post. ResNet: the means of two stages. Then v."""
+    model, outputs = clip.load(archives[kind]), []
     visual = model.visual
     watched = [visual.transformer.resblocks[-2], visual.ln_post] if kind == "vit" else [visual.layer3, visual.layer4]
     for module in watched:
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     features = model.encode_image(formula_images(256, 128))
     assert model.grid == (16, 8)
     assert features.embedding.shape == (2, 96) and features.tokens.shape == (2, 1 + 16 * 8, 96)
-    before = [output[:, 0] if kind == "vit" else output.mean((2, 3)) for output in seen]
+    before = [output[:, 0] if kind == "vit" else output.mean((2, 3)) for output in outputs]
     for state, expected in zip(features.states, [*before, features.embedding], strict=True):
         assert torch.equal(state, expected)
 
 
-def test_attention_pool_at_every_position_is_attention_by_definition(archives):
-    """In a loop over heads; CLIP itself asks for position 0 only."""
+def test_attention_pool_matches_the_definition_at_every_position(archives):
+    """Compared with a loop over heads. OpenAI's code computes position 0 only."""
     pool = clip.load(archives["resnet"]).visual.attnpool
     feature_map = openai_format.formula("feature map", (1, 256, 16, 8)).float()
     with torch.no_grad():
@@ -132,9 +132,9 @@ def test_attention_pool_at_every_position_is_attention_by_definition(archives):
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_text_only_up_to_its_end_is_exact(archives):
-    """Truncated to the last end token, or all 77 positions: the same features."""
+def test_positions_after_the_end_token_have_no_effect(archives):
+    """encode_text skips them: its features equal those of all 77 positions."""
     model = clip.load(archives["vit"])
     ids = torch.nn.functional.pad(TOKEN_IDS, (0, 69))
-    whole = model.encode_embeddings(model.token_embedding(ids), ids.argmax(dim=1))
-    torch.testing.assert_close(model.encode_text(ids), whole, atol=1e-5, rtol=1e-5)
+    expected = model.encode_embeddings(model.token_embedding(ids), ids.argmax(dim=1))
+    torch.testing.assert_close(model.encode_text(ids), expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The curves of a run as an image."""
+"""The curves of a run."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ from util.curves import draw_curves
 
 
 def test_every_loss_term_and_evaluation_has_a_curve(tmp_path):
-    """Any number of terms; each one changes the image. A run of one epoch and a loss of zero have curves too."""
+    """Each one changes the image. One epoch and a loss of 0 can be drawn, too."""
 
     def draw(log: list[dict]) -> np.ndarray:
         draw_curves(log, tmp_path / "curves.png")

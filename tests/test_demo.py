@@ -1,4 +1,4 @@
-"""The demo: drawings, masks, captions, and the small CLIP that was pre-trained on them."""
+"""The demo: drawings, masks, captions, and the small CLIP pre-trained on them."""
 
 import random
 from pathlib import Path
@@ -12,21 +12,21 @@ import clip
 from demo import draw, tiny_clip
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def test_dataset_depends_on_the_seed_only(tmp_path):
+def test_drawings_depend_only_on_the_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         draw.draw_dataset(tmp_path / name, train_ids=2, test_ids=1, seed=seed)
-    a, b, c = (files(tmp_path / name) for name in "abc")
+    a, b, c = (contents_of(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and not set(a.values()) & set(c.values())
     folders = [Path(name).parts[0] for name in a]
     assert [folders.count(x) for x in ("bounding_box_train", "query", "bounding_box_test", "masks")] == [16, 4, 4, 24]
     assert Image.open(next((tmp_path / "a" / "query").iterdir())).size == (64, 128)
 
 
-def test_existing_dataset_is_kept_or_refused(tmp_path, capsys):
+def test_an_existing_dataset_is_kept_or_refused(tmp_path, capsys):
     """It is never replaced. A folder drawn by another version, or before there were versions, is an error."""
     record = tmp_path / "a" / "drawing.json"
     for _ in range(2):
@@ -42,14 +42,14 @@ RECORDED = [[134, 118, 127], [136, 121, 130], [128, 125, 125], [121, 130, 139]]
 RECORDED += [[109, 120, 110], [110, 113, 106], [146, 115, 108], [91, 54, 37]]
 
 
-def test_recorded_image():
+def test_a_drawing_matches_its_recorded_colours():
     """Another version of Pillow changes these mean colours only by rounding. Another drawing needs a new VERSION."""
     image, _ = draw.draw_sample(draw.person_of(7), 1, draw.image_rng(7, 0))
     found = np.asarray(image.resize((2, 4), Image.Resampling.BOX)).reshape(-1, 3)
     assert np.abs(found.astype(int) - RECORDED).max() <= 2
 
 
-def test_masks_lie_where_the_person_is():
+def test_masks_match_the_person():
     """A person in a red top: the image is red in the top's mask, and not in the rest of the person's mask."""
     person = draw.person_of(3)._replace(pattern="plain", top=draw.CLOTHES["red"], hat=None)
     for number in range(6):
@@ -60,7 +60,7 @@ def test_masks_lie_where_the_person_is():
         assert top.any() and not (top & ~mask).any() and red[top].mean() > 0.9 > 0.1 > red[mask & ~top].mean()
 
 
-def test_captions_name_what_is_worn():
+def test_captions_name_up_to_two_things_that_the_person_wears():
     rng, counts = random.Random(0), set()
     for pid in range(200):
         person = draw.person_of(pid)
@@ -72,17 +72,17 @@ def test_captions_name_what_is_worn():
     assert counts == {0, 1, 2}
 
 
-def test_pretraining_lowers_the_loss_and_writes_only_the_output(tmp_path, capsys):
+def test_pretraining_lowers_the_loss_and_writes_only_its_output(tmp_path, capsys):
     tracked = tiny_clip.WEIGHTS.read_bytes()
     with pytest.raises(SystemExit):  # --output has no default
         tiny_clip.main([])
-    tiny_clip.main(f"--output {tmp_path / 'new.pt'} --images 256 --batch-size 32 --epochs 3".split())
+    tiny_clip.main(f"--output {tmp_path / 'new.pt'} --images 96 --batch-size 32 --epochs 2".split())
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert losses[0] > losses[1] > losses[2]
+    assert losses[0] > losses[1]
     assert tiny_clip.WEIGHTS.read_bytes() == tracked and [path.name for path in tmp_path.iterdir()] == ["new.pt"]
 
 
-def test_tiny_clip_knows_some_words():
+def test_the_pretrained_clip_knows_some_words():
     model = tiny_clip.load()
     accuracies = tiny_clip.zero_shot(model, tiny_clip.Drawings(128, 1, "test"))
     assert accuracies["colour of the top"] > 0.3 and accuracies["person or empty place"] > 0.8  # chance: 0.08, 0.5

@@ -1,4 +1,4 @@
-"""README and docs: links, names and flags exist, commands parse, Python blocks run, excerpts are in the source."""
+"""README and docs: links, names and flags exist, commands parse, Python blocks run, excerpts match the source."""
 
 import argparse
 import importlib
@@ -16,18 +16,19 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 PLACEHOLDER = re.compile(r"\b(DATASET|BACKBONE|FLAGS|NAME|PROMPT)\b")
 EXCERPT = re.compile(r"^([\w/]+\.py): [^\n]*\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
-NOT_OURS = {"--help", "--nproc_per_node", "--shm-size", "--index-url"}  # argparse's, torchrun's, docker's, pip's
+OTHER_TOOLS = {"--help", "--nproc_per_node", "--shm-size", "--index-url"}  # argparse's, torchrun's, docker's, pip's
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def commands() -> list[str]:
-    """Return every command that runs a script of ours; patterns are filled in with each row of their table."""
+    """Return all commands that run our scripts. Placeholders are replaced by each row of the table next to them."""
     found = []
     for section in re.split(r"^## ", TEXT, flags=re.MULTILINE):
         code = re.findall(r"`([^`\n]+)`", section) + re.findall(r"^    (\S.*?)(?:  .*)?$", section, re.MULTILINE)
         code = [part.strip() for line in code for part in line.split("&&")]
         code = [part for part in code if re.match(r"(python|torchrun) .*(\.py|extras\.\w+|demo\.\w+)", part)]
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        rows = [row for row in rows if len(row) == len(rows[0])]  # of the first table
         for command in code:
             if not PLACEHOLDER.search(command):
                 found.append(command)
@@ -68,7 +69,7 @@ def test_commands_parse(command, tmp_path, monkeypatch):
 def test_flags_and_names_exist():
     sources = [path for path in ROOT.glob("**/*.py") if path.parent.name != "tests"]
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', path.read_text())}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known | NOT_OURS
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known | OTHER_TOOLS
     for row in ["--baseline", "--without-i2t", "--without-t2i", "--without-interaction", "--train-prompt", "--blocks"]:
         assert any(row in command for command in commands()), f"no command for the row with {row}"
     for name in set(re.findall(r"`((?:clip|data|evaluate|losses|model|train)\.(?!py\b|safetensors)\w[\w.]*)`", TEXT)):
@@ -91,7 +92,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 @by_name
-def test_excerpts_are_in_the_source(page):
+def test_excerpts_match_the_source(page):
     for file, excerpt in EXCERPT.findall(page.read_text()):
         source, lines = ([line.strip() for line in text.splitlines()] for text in ((ROOT / file).read_text(), excerpt))
         assert any(source[i : i + len(lines)] == lines for i in range(len(source))), f"{file}: {excerpt}"
@@ -99,7 +100,7 @@ def test_excerpts_are_in_the_source(page):
 
 @by_name
 def test_python_blocks_run(page, trained, tmp_path, monkeypatch):
-    """In a directory with the demo's trained run and the images that the page names."""
+    """In a directory with a run of the demo and the images that the page names."""
     blocks = re.findall(r"```python\n(.*?)```", EXCERPT.sub("", page.read_text()), re.DOTALL)
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "runs/synthetic-tiny", tmp_path / "runs/msmt17-vit")
@@ -113,8 +114,6 @@ def test_python_blocks_run(page, trained, tmp_path, monkeypatch):
     exec(compile("\n".join(block for block in blocks if not block.startswith("# onnx")), page.name, "exec"), {})
 
 
-def test_pages_are_short_and_say_who_needs_them():
-    assert len(README.read_text().splitlines()) <= 150
-    assert sum(len(page.read_text().splitlines()) for page in PAGES[1:]) <= 1000
+def test_pages_say_first_who_needs_them():
     for page in PAGES[1:]:
         assert re.match(r"# .+\n\nThis page is for [^.]+[.:]", page.read_text()), page.name

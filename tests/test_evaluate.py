@@ -1,19 +1,17 @@
 """Evaluation: features of image files, metrics and re-ranking against their definitions, the script."""
 
 import json
-import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import output_of, refused, run
+from conftest import output_of
 from PIL import Image
 
 import clip
 import data
-import evaluate
 from evaluate import extract, rank_metrics
 from model import PromptSG
 from util.pairs import compare_pairs
@@ -24,61 +22,49 @@ from util.rerank import k_reciprocal
 
 @pytest.fixture
 def image_files(tmp_path) -> list:
-    """Six images of other sizes, modes and formats; paths of both kinds."""
+    """Six images of different sizes, modes and formats."""
     noise = np.random.RandomState(0).randint(0, 256, (6, 90, 70, 3), dtype=np.uint8)
-    paths = []
-    for number, (suffix, mode) in enumerate(
-        [("jpg", "RGB"), ("png", "RGBA"), ("bmp", "RGB"), ("webp", "RGB"), ("tif", "L"), ("jpeg", "RGB")]
-    ):
-        path = tmp_path / f"{number}.{suffix}"
-        image = Image.fromarray(noise[number]).resize((20 + 9 * number, 80 - 7 * number))
-        image.convert(mode).save(path)
-        paths.append(str(path) if number % 2 else path)
+    formats = ("jpg", "RGB"), ("png", "RGBA"), ("bmp", "RGB"), ("webp", "RGB"), ("tif", "L"), ("jpeg", "RGB")
+    paths = [tmp_path / f"{number}.{suffix}" for number, (suffix, _) in enumerate(formats)]
+    for number, (path, (_, mode)) in enumerate(zip(paths, formats)):
+        Image.fromarray(noise[number]).resize((20 + 9 * number, 80 - 7 * number)).convert(mode).save(path)
     return paths
 
 
-@pytest.mark.parametrize("prompt", [None, "composed", "simplified", "none"])
+@pytest.mark.parametrize("prompt", [None, "simplified", "none"])
 def test_features_of_image_files(make_model, image_files, prompt):
-    """Features of embed in the order of the files, alone as among others; the model keeps its mode."""
+    """They are those of `embed`, in the order of the files. The model keeps its mode."""
     model = make_model()
     model.bnneck.running_mean.normal_()
     images = torch.stack([data.read_image(path, (64, 32)) for path in image_files])
     with torch.no_grad():
         expected = model.eval().embed(clip.normalize(images), prompt)
-    for is_training in (True, False):
-        features = extract(model.train(is_training), image_files, prompt, batch_size=4)
+    for is_training, workers in ((True, 0), (False, 2)):
+        features = extract(model.train(is_training), image_files, prompt, batch_size=4, workers=workers)
         assert model.training == model.bnneck.training == is_training
-        assert features.dtype == torch.float32 and features.shape == (6, 128) and features.device.type == "cpu"
+        assert features.dtype == torch.float32 and features.device.type == "cpu"
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
-    alone = torch.cat([extract(model, [path], prompt) for path in reversed(image_files)])
-    torch.testing.assert_close(alone.flip(0), features, atol=1e-5, rtol=0)
     assert extract(model, [], prompt).shape == (0, 128)
 
 
-def test_loader_processes_give_the_same_features(make_model, image_files):
-    model = make_model().eval()
-    one, two = (extract(model, image_files, batch_size=2, workers=workers) for workers in (0, 2))
-    assert torch.equal(one, two)
-
-
-def test_unreadable_images_are_all_named_and_end_the_extraction(make_model, image_files, tmp_path):
-    """The model does not run after the first one, and keeps its mode."""
+def test_unreadable_images_are_all_named(make_model, image_files, tmp_path):
+    """After the first one the model does not run any more. It keeps its mode."""
     model, batches = make_model().train(), []
     embed = model.embed
     model.embed = lambda images, prompt: batches.append(len(images)) or embed(images, prompt)
-    (tmp_path / "broken.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:100])
     paths = [*image_files[:2], tmp_path / "broken.jpg", image_files[2], tmp_path / "missing.jpg", image_files[3]]
-    with pytest.raises(OSError, match=r"broken\.jpg.*missing\.jpg") as error:
+    paths[2].write_bytes(image_files[0].read_bytes()[:100])
+    with pytest.raises(OSError, match=r"broken\.jpg.*missing\.jpg"):
         extract(model, paths, batch_size=2)
-    assert len(str(error.value).splitlines()) == 1 and batches == [2] and model.training
+    assert batches == [2] and model.training
 
 
 # -------------------------------------------------------------------------------------------------- metrics
 
 
 def brute_force(similarities, query_ids, gallery_ids, query_cams, gallery_cams):
-    """The definition: drop what is ignored, sort, walk down the list. Wrong images come first among equals."""
+    """Compute mAP and CMC by definition: remove ignored images, sort, walk down the list. Ties: wrong images first."""
     average_precisions, first_hits = [], []
     for row, query_id, query_cam in zip(similarities.tolist(), query_ids.tolist(), query_cams.tolist()):
         candidates = zip(row, gallery_ids.tolist(), gallery_cams.tolist())
@@ -100,15 +86,15 @@ def random_problem(seed, ties=False):
         return torch.randint(low, high, (n,), generator=generator)
 
     query, gallery = torch.randn(Q, D, generator=generator), torch.randn(G, D, generator=generator)
-    if ties:  # few different features, with products that are represented exactly
+    if ties:  # few different features, whose products are exact
         query, gallery = query.sign(), gallery[:7].sign()[integers(0, 7, G)]
-    # Identity -1 is junk, 0 a distractor that no query has, and 12 and 13 are missing in the gallery.
+    # Identity -1 is junk, 0 a distractor without query. Queries 12 and 13 have no image in the gallery.
     return query, gallery, integers(1, 14, Q), integers(-1, 12, G), integers(0, 3, Q), integers(0, 3, G)
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_rank_metrics_follow_the_definition(seed, ties):
+@pytest.mark.parametrize("seed", range(2))
+def test_rank_metrics_match_the_definition(seed, ties):
     query, gallery, *tables = random_problem(seed, ties)
     metrics = rank_metrics(query, gallery, *tables)
     mean_average_precision, cmc = brute_force(query @ gallery.T, *tables)
@@ -117,35 +103,14 @@ def test_rank_metrics_follow_the_definition(seed, ties):
 
 
 def test_queries_are_ranked_in_chunks():
-    """600 queries with 72,000 images are two chunks; the second 300 queries equal the first."""
+    """600 queries and 72,000 gallery images make two chunks. The last 300 queries equal the first."""
     problem = random_problem(0, ties=True)
     ap = rank_metrics(*(torch.cat([x] * copies) for x, copies in zip(problem, (2, 800) * 3)))["ap"]
     assert torch.equal(ap[:300].nan_to_num(), ap[300:].nan_to_num())
 
 
-def test_small_random_tables_follow_the_definition_or_are_refused():
-    """A hundred tables of a few identities and cameras, many without any correct image."""
-    rng, refusals = random.Random(0), 0
-    for _ in range(100):
-        Q, G, identities, cameras = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 4), rng.randint(1, 3)
-        tables = [[rng.randint(low, identities) for _ in range(n)] for low, n in ((1, Q), (-1, G))]
-        tables += [[rng.randint(1, cameras) for _ in range(n)] for n in (Q, G)]
-        tables = [torch.tensor(table) for table in tables]
-        query, gallery = (torch.tensor([rng.choices([-1.0, 0.0, 1.0], k=2) for _ in range(n)]) for n in (Q, G))
-        try:
-            metrics = rank_metrics(query, gallery, *tables)
-        except ValueError as error:
-            assert "nothing to evaluate" in str(error)
-            refusals += 1
-            with pytest.raises(ZeroDivisionError):  # the definition has nothing to take the mean of
-                brute_force(query @ gallery.T, *tables)
-        else:
-            assert metrics["mAP"] == pytest.approx(brute_force(query @ gallery.T, *tables)[0], abs=1e-6)
-    assert 10 < refusals < 90
-
-
-def test_a_small_case_by_hand():
-    """The ranking of the query: wrong, correct, (same camera: ignored), (junk: ignored), wrong, correct."""
+def test_rank_metrics_of_a_small_case_by_hand():
+    """The ranking is: wrong, correct, ignored (same camera), ignored (junk), wrong, correct."""
     query = torch.tensor([[1.0]])
     gallery = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5], [0.4]])
     ids, cams = torch.tensor([2, 1, 1, -1, 0, 1]), torch.tensor([1, 2, 1, 2, 2, 3])
@@ -154,19 +119,20 @@ def test_a_small_case_by_hand():
     assert metrics["cmc"][:3].tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_not_ranked(bad):
-    ones = torch.ones(2, dtype=torch.long)
-    features = torch.tensor([[1.0, 0.0], [bad, 0.0]])
+def test_queries_without_a_correct_image_and_infinite_features_are_refused():
+    features, ones = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.ones(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        rank_metrics(features, features, ones, ones, ones, ones)
+    features[1, 0] = torch.inf
     with pytest.raises(ValueError, match="diverged"):
-        rank_metrics(features[:1], features, ones[:1], ones, ones[:1], 1 + ones)
+        rank_metrics(features, features, ones, ones, ones, 1 + ones)
 
 
 # ------------------------------------------------------------------------------------------------ re-ranking
 
 
 def k_reciprocal_by_definition(features: np.ndarray, Q: int, k1: int, k2: int, weight: float) -> np.ndarray:
-    """Zhong et al., 2017, section 3, with sets and loops: final distances of queries to gallery (Q, N - Q)."""
+    """Compute the final distances (Q, N - Q) of Zhong et al., 2017, section 3, with sets and loops."""
     N = len(features)
     squared = ((features[:, None] - features[None]) ** 2).sum(axis=2)
     d = squared / squared.max(axis=1, keepdims=True)
@@ -191,15 +157,13 @@ def k_reciprocal_by_definition(features: np.ndarray, Q: int, k1: int, k2: int, w
     return (1 - weight) * (1 - minima / maxima) + weight * d[:Q, Q:]
 
 
-@pytest.mark.parametrize(
-    "Q, G, identities, k1, k2", [(12, 70, 8, 20, 6), (5, 40, 40, 20, 6), (40, 160, 6, 10, 3), (3, 9, 2, 200, 60)]
-)
-def test_re_ranking_follows_the_definition(Q, G, identities, k1, k2):
-    """Also with k1 and k2 larger than the data."""
+@pytest.mark.parametrize("Q, G, identities, k1, k2", [(12, 70, 8, 20, 6), (40, 160, 6, 10, 3), (3, 9, 2, 200, 60)])
+def test_re_ranking_matches_the_definition(Q, G, identities, k1, k2):
+    """Also for k1 and k2 larger than the data."""
     generator = torch.Generator().manual_seed(Q)
     centres = torch.randn(identities, 16, generator=generator)
-    who = torch.randint(identities, (Q + G,), generator=generator)
-    features = F.normalize(centres[who] + 0.8 * torch.randn(Q + G, 16, generator=generator), dim=1)
+    ids = torch.randint(identities, (Q + G,), generator=generator)
+    features = F.normalize(centres[ids] + 0.8 * torch.randn(Q + G, 16, generator=generator), dim=1)
     expected = k_reciprocal_by_definition(features.double().numpy(), Q, k1, k2, weight=0.3)
     similarities = k_reciprocal(features[:Q], features[Q:], k1, k2)
     found = torch.cat([similarities(0, Q // 2), similarities(Q // 2, Q)])
@@ -207,7 +171,7 @@ def test_re_ranking_follows_the_definition(Q, G, identities, k1, k2):
 
 
 def test_ranking_uses_the_re_ranked_similarities():
-    """In the order of the gallery, although its rows are sorted by identity inside."""
+    """`similarities` has the order of the gallery, although `rank_metrics` sorts it by identity."""
     query, gallery, *tables = random_problem(0)
     similarities = k_reciprocal(query, gallery)
     expected, _ = brute_force(similarities(0, len(query)), *tables)
@@ -222,10 +186,11 @@ def checkpoint_flag(trained) -> str:
     return f"--checkpoint {trained / 'runs/synthetic-tiny/last.pt'}"
 
 
-def test_the_written_features_are_those_of_extract_and_give_the_printed_results(trained, workplace, checkpoint_flag):
+def test_written_features_give_the_printed_results(trained, workplace, checkpoint_flag):
     flags = "--rerank 10 4 --features all.npz --json result.json"
     printed = output_of("evaluate.py", f"{checkpoint_flag} {flags}", workplace)
     result, arrays = json.loads((workplace / "result.json").read_text()), np.load(workplace / "all.npz")
+    assert result["mAP"] == pytest.approx(json.loads(log_of(trained)[-1])["mAP"], abs=1e-6)
     tensors = {name: torch.tensor(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "if"}
     model = PromptSG.load(trained / "runs/synthetic-tiny/last.pt")
     for subset, folder in (("query", "query"), ("gallery", "bounding_box_test")):
@@ -233,59 +198,34 @@ def test_the_written_features_are_those_of_extract_and_give_the_printed_results(
         torch.testing.assert_close(tensors[f"{subset}_features"][:9], extract(model, paths), atol=1e-5, rtol=0)
         ids_and_cams = [(int(path.name[:4]), int(path.name[6])) for path in paths]
         assert ids_and_cams == list(zip(arrays[f"{subset}_ids"][:9], arrays[f"{subset}_cams"][:9]))
-    assert len(arrays["query_names"]) == 24
-    assert str(arrays["prompt"]) == "composed" and tuple(arrays["image_size"]) == model.image_size == (64, 32)
     pairs = [tensors[f"{subset}_{kind}"] for kind in ("features", "ids", "cams") for subset in ("query", "gallery")]
-    assert rank_metrics(*pairs)["mAP"] == pytest.approx(result["mAP"], abs=1e-6)
+    metrics = rank_metrics(*pairs)
+    assert metrics["mAP"] == pytest.approx(result["mAP"], abs=1e-6)
+    assert [result[f"rank{k}"] for k in (1, 5, 10)] == pytest.approx(metrics["cmc"][[0, 4, 9]].tolist())
     reranked = rank_metrics(*pairs, k_reciprocal(*pairs[:2], 10, 4))
     assert reranked["mAP"] == pytest.approx(result["reranked"]["mAP"], abs=1e-6) != result["mAP"]
-    for metrics in (result, result["reranked"]):
-        ranks = "  ".join(f"Rank-{k} {metrics[f'rank{k}']:.1%}" for k in (1, 5, 10))
-        assert f"mAP {metrics['mAP']:.1%}  {ranks}" in printed
+    for found in (result, result["reranked"]):
+        assert f"mAP {found['mAP']:.1%}  Rank-1 {found['rank1']:.1%}" in printed
 
 
-def test_evaluation_on_another_dataset_than_trained_on(workplace, checkpoint_flag):
-    """The same images under another name, with the other prompt; one identity of six has no image in the gallery."""
-    shutil.copytree((workplace / "data/synthetic").resolve(), workplace / "mine")
-    shutil.rmtree(workplace / "mine/bounding_box_train")  # evaluation does not need it
+def log_of(folder) -> list[str]:
+    return (folder / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
+
+
+def test_evaluation_on_another_dataset(workplace, checkpoint_flag):
+    """The same images under another name, and the other prompt. One of six identities has no image in the gallery."""
+    for folder in ("query", "bounding_box_test"):  # evaluation does not need the training images
+        shutil.copytree(workplace / "data/synthetic" / folder, workplace / "mine" / folder)
     gallery = workplace / "mine/bounding_box_test"
     pid = sorted({path.name[:4] for path in gallery.iterdir()} - {"0000"})[0]
     for path in gallery.glob(f"{pid}_*"):
         path.unlink()
-    (gallery / "notes.txt").write_text("mine")
     flags = f"{checkpoint_flag} --prompt simplified --dataset folder --data-root mine --json result.json"
     printed = output_of("evaluate.py", flags, workplace)
     result = json.loads((workplace / "result.json").read_text())
-    assert "cross-domain: trained on synthetic, evaluated on folder" in printed
-    assert f"folder, simplified prompt: mAP {result['mAP']:.1%}" in printed
+    assert "trained on synthetic, evaluated on folder" in printed
     assert (result["prompt"], result["dataset"], result["trained_on"]) == ("simplified", "folder", "synthetic")
-    assert result["queries_skipped"] == 4 and "4 of 24 queries have no correct image" in printed
-    assert "1 file skipped (first: notes.txt)" in printed
-
-
-def test_features_are_written_if_all_images_come_from_one_camera(workplace, checkpoint_flag):
-    """Then nothing can be evaluated, which ends the script in one line."""
-    for folder in ("query", "bounding_box_test"):
-        (workplace / "mine" / folder).mkdir(parents=True)
-        for path in sorted((workplace / "data/synthetic" / folder).iterdir())[:6]:
-            shutil.copy(path, workplace / "mine" / folder / f"{path.name[:4]}_c1_{path.name[8:]}")
-    result = run("evaluate.py", f"{checkpoint_flag} --dataset folder --data-root mine --features x.npz", workplace)
-    refused(result, "no query has an image of its identity by another camera")
-    assert np.load(workplace / "x.npz")["query_features"].shape == (6, 128)
-
-
-def test_mean_average_precision_of_a_dataset(make_model, demo_root):
-    """evaluate() is extract and rank_metrics, with the three ranks that the paper prints."""
-    dataset, model = data.load_dataset("synthetic", demo_root), make_model().eval()
-    result = evaluate.evaluate(model, dataset, "none")
-    samples = dataset.query, dataset.gallery
-    features = [extract(model, [sample.path for sample in subset], "none") for subset in samples]
-    tables = [
-        torch.tensor([getattr(sample, name) for sample in subset]) for name in ("pid", "camid") for subset in samples
-    ]
-    metrics = rank_metrics(*features, *tables)
-    assert result["mAP"] == pytest.approx(metrics["mAP"], abs=1e-6)
-    assert [result[f"rank{k}"] for k in (1, 5, 10)] == pytest.approx(metrics["cmc"][[0, 4, 9]].tolist())
+    assert result["queries_skipped"] == 4 and "4 of 24 queries" in printed
 
 
 def test_thresholds_are_those_of_all_pairs():
@@ -302,3 +242,14 @@ def test_thresholds_are_those_of_all_pairs():
     for row in found["thresholds"]:
         assert (different > row["threshold"]).sum() == int(row["different_accepted"] * len(different))
         assert row["same_accepted"] == pytest.approx((same > row["threshold"]).mean(), abs=1e-6)
+
+
+def test_features_are_written_if_all_images_come_from_one_camera(workplace, checkpoint_flag):
+    """Then nothing can be evaluated, which ends the script in one line."""
+    for folder in ("query", "bounding_box_test"):
+        (workplace / "mine" / folder).mkdir(parents=True)
+        for path in sorted((workplace / "data/synthetic" / folder).iterdir())[:6]:
+            shutil.copy(path, workplace / "mine" / folder / f"{path.name[:4]}_c1_{path.name[8:]}")
+    result = run("evaluate.py", f"{checkpoint_flag} --dataset folder --data-root mine --features x.npz", workplace)
+    refused(result, "no query has an image of its identity by another camera")
+    assert np.load(workplace / "x.npz")["query_features"].shape == (6, 128)

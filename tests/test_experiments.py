@@ -1,4 +1,4 @@
-"""The rows of experiments/: each variant computes something else and learns; a result is one line, made once."""
+"""The rows of experiments/: each variant changes a result and has gradients. Each row is trained once."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ LABELS = torch.arange(8) // 4
 
 @functools.cache
 def outputs(row: common.Row) -> tuple[PromptSG, dict[str, torch.Tensor]]:
-    """Return a model and all in which a row can differ: the losses, and the retrieval feature."""
+    """Return a row's model and its losses, logits, v, images and retrieval features."""
     torch.manual_seed(0)
     model = row.model(clip.untrained("tiny", (64, 32)), 10).train()
     images = torch.randn(8, 3, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -43,32 +43,32 @@ def outputs(row: common.Row) -> tuple[PromptSG, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_a_variant_computes_something_else_and_learns(name):
+def test_a_variant_changes_a_result_and_has_gradients(name):
     row = VARIED[name]
     _, ours = outputs(common.Row("ours"))
     model, found = outputs(row)
     same = {k for k in ours if ours[k].shape == found[k].shape and torch.allclose(ours[k], found[k], rtol=1e-4)}
     assert "v" in same
-    is_learned = row.model is readings.LearnedTemperature  # starts as ours
+    is_learned = row.model is readings.LearnedTemperature  # equals ours before training
     assert (same == set(ours)) == is_learned
     (found["triplet"].sum() + losses.identity_loss(found["logits"], LABELS) + 0.5 * found["supcon"]).backward()
     unused = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    assert unused == ({"inversion"} if row.supcon is ablation.image_supcon else set())  # no text anywhere
+    assert unused == ({"inversion"} if row.supcon is ablation.image_supcon else set())  # which uses no text
     assert not is_learned or model.log_scale.grad.abs() > 0
     alone = torch.cat([model.embed(found["images"][i : i + 1]) for i in range(8)])
     depends_on_its_batch = row.model in (readings.LineageAcross, ablation.OthersQuery)
     assert torch.allclose(alone, found["feature"], atol=1e-4) != depends_on_its_batch
 
 
-def test_supcon_with_dot_products_is_ours_for_features_of_length_1():
+def test_dot_products_equal_cosines_for_features_of_length_1():
     image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16, dtype=torch.double), dim=2)
     ours = losses.supcon_loss(image, text, LABELS, 0.08, ["i2t", "t2i"])
     torch.testing.assert_close(readings.dot_products(image, text, LABELS, 0.08, ["i2t", "t2i"]), ours)
     assert not torch.isclose(readings.dot_products(2 * image, text, LABELS, 0.08, ["i2t", "t2i"]), ours)
 
 
-def test_supcon_between_images_is_khoslas():
-    """Compared with a loop over its equation: the identity's other images, among all other images."""
+def test_supcon_between_images_matches_khosla_et_al():
+    """A loop over the equation: positives are the identity's other images, candidates all other images."""
     x = torch.nn.functional.normalize(torch.randn(8, 16, dtype=torch.double), dim=1)
     total = 0.0
     for i in range(8):
@@ -77,7 +77,7 @@ def test_supcon_between_images_is_khoslas():
     torch.testing.assert_close(ablation.image_supcon(x, x, LABELS, 0.1, []), 2 * total / 8)
 
 
-def test_parts_of_clip_are_pretrained_or_random():
+def test_partly_pretrained_clip():
     args = SimpleNamespace(backbone="tiny", image_size=(128, 64), seed=0)
     whole, random = common.tiny_clip.load((128, 64)), clip.untrained("tiny", (128, 64))
     for pretrained, visual, text in (("visual", 1, 0), ("text", 0, 1), ("none", 0, 0)):
@@ -87,8 +87,8 @@ def test_parts_of_clip_are_pretrained_or_random():
         assert torch.equal(mixed.logit_scale, whole.logit_scale)
 
 
-def test_a_row_is_trained_once_measured_and_printed(tmp_path, monkeypatch, capsys):
-    """A variant that sees its batch, on few drawn people; the second call trains nothing."""
+def test_a_row_is_trained_once_and_printed(tmp_path, monkeypatch, capsys):
+    """A variant whose features depend on the batch, on few drawn people. The second call trains nothing."""
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(common, "TRAIN_PEOPLE", 20)
     monkeypatch.setattr(common, "TEST_PEOPLE", 6)
@@ -113,8 +113,8 @@ CHANGES = re.findall(r"`([^`]+)` becomes `([^`]+)`", CHOICES)
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES, ids=[new for _, new in CHANGES])
-def test_a_change_that_choices_md_suggests_works_as_written(old, new):
-    """In a copy of the file that holds the line: another z, SupCon or S*, and the gradient reaches v."""
+def test_a_change_in_choices_md_works_as_written(old, new):
+    """In a copy of the file, the changed line gives another z, SupCon or S*, and the gradient reaches v."""
     torch.manual_seed(0)
     [path] = [path for path in (common.ROOT / "model.py", common.ROOT / "losses.py") if old in path.read_text()]
     source = path.read_text()
@@ -133,7 +133,7 @@ def test_a_change_that_choices_md_suggests_works_as_written(old, new):
     assert not torch.allclose(*found, rtol=1e-4)
 
 
-def test_classes_that_choices_md_names_exist():
+def test_classes_and_rows_in_choices_md_exist():
     names = re.findall(r"class `(\w+)`", CHOICES)
     assert len(names) > 5 and all(hasattr(readings, name) for name in names)
     rows = {row.name.replace("*", "\\*") for rows in readings.TABLES.values() for row in rows}

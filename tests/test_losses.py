@@ -1,4 +1,4 @@
-"""Every loss against a plain loop over the printed equation, in double precision."""
+"""Each loss equals a loop over the equation of the paper, in double precision."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 import losses
 
-# Numbers of positives: equal, unequal, an identity with a single image, and only such.
+# Images per identity: equal, unequal, one identity with a single image, single images only.
 BATCHES = [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 2], [3, 1, 3, 3, 2, 1, 7, 3, 2], [4, 2, 0, 1, 3]]
 
 
@@ -21,22 +21,22 @@ def sim(a, b) -> float:
 
 
 def log_ratio(anchors, candidates, n: int, p: int, tau: float) -> float:
-    """log( exp(sim(a_n, c_p) / tau) / sum_i exp(sim(a_n, c_i) / tau) ), the term in Eqs. 2, 3, 5 and 6."""
+    """Return log( exp(sim(a_n, c_p) / tau) / sum_i exp(sim(a_n, c_i) / tau) ), a term of Eqs. 2, 3, 5 and 6."""
     denominator = sum(math.exp(sim(anchors[n], candidate) / tau) for candidate in candidates)
     return math.log(math.exp(sim(anchors[n], candidates[p]) / tau) / denominator)
 
 
-@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
-def test_contrastive_loss_is_eqs_2_and_3(tau):
+@pytest.mark.parametrize("tau", [0.01, 1.0])
+def test_contrastive_loss_matches_eqs_2_and_3(tau):
     v, l, N = features(7, 1), features(7, 2), 7
     i2t = -sum(log_ratio(v, l, n, n, tau) for n in range(N)) / N
     t2i = -sum(log_ratio(l, v, n, n, tau) for n in range(N)) / N
     assert losses.contrastive_loss(v, l, tau).item() == pytest.approx(i2t + t2i, abs=1e-6)
 
 
-@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
+@pytest.mark.parametrize("tau", [0.01, 1.0])
 @pytest.mark.parametrize("ids", BATCHES)
-def test_supcon_loss_is_eqs_4_to_6(ids, tau):
+def test_supcon_loss_matches_eqs_4_to_6(ids, tau):
     N = len(ids)
     v, l = features(N, 1), features(N, 2)
 
@@ -52,8 +52,8 @@ def test_supcon_loss_is_eqs_4_to_6(ids, tau):
     assert losses.supcon_loss(v, l, labels, tau, []) == 0
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
-def test_identity_loss_is_eq_8(smoothing):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_identity_loss_matches_eq_8(smoothing):
     N, K = 5, 9
     logits, labels = features(N, 3, K), torch.tensor([4, 0, 8, 4, 2])
     total = 0.0
@@ -67,7 +67,7 @@ def test_identity_loss_is_eq_8(smoothing):
 
 @pytest.mark.parametrize("margin", [0.0, 0.3, 10.0])
 @pytest.mark.parametrize("ids", BATCHES)
-def test_triplet_loss_is_eq_9_with_the_hardest_of_the_batch(ids, margin):
+def test_triplet_loss_matches_eq_9_with_hard_mining(ids, margin):
     N = len(ids)
     f = features(N, 4)
     total = 0.0
@@ -80,21 +80,21 @@ def test_triplet_loss_is_eq_9_with_the_hardest_of_the_batch(ids, margin):
     assert loss.item() == pytest.approx(total / N, abs=1e-6)
 
 
-def test_each_supcon_direction_reaches_image_and_text():
+def test_each_supcon_direction_has_a_gradient_to_image_and_text():
     for exchange in (False, True):
         v, l = features(4, 1).requires_grad_(), features(4, 2).requires_grad_()
         losses.supcon_direction(*((l, v) if exchange else (v, l)), torch.tensor([0, 0, 1, 1]), 0.07).backward()
         assert v.grad.abs().min() > 0 and l.grad.abs().min() > 0
 
 
-def test_triplet_gradient_is_finite_where_images_coincide():
+def test_triplet_gradient_is_finite_for_identical_features():
     f = torch.ones(4, 8, requires_grad=True)
     losses.triplet_loss(f, torch.tensor([0, 0, 1, 1])).backward()
     assert f.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_computed_in_single_precision_at_least(dtype):
+def test_losses_of_half_precision_are_computed_in_float32(dtype):
     f, l, labels = features(8, 1).to(dtype), features(8, 2).to(dtype), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     found = [losses.supcon_loss(f, l, labels, 0.01), losses.contrastive_loss(f, l, 0.01)]
     for loss in (*found, losses.triplet_loss(f, labels), losses.identity_loss(f, labels)):

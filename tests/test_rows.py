@@ -1,4 +1,4 @@
-"""Every row of Tables 2 to 5 computes its own losses and trains its own parts; both backbones train from archives."""
+"""The rows of Tables 2 to 5: losses and trained parameters. Both backbones train from OpenAI's archives."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ import losses
 import train
 from model import PromptSG
 
-# Of the demo's 20 identities, each has 8 images, one group of 5; 11 identities make a batch, and 9 groups are left.
+# Each of the 20 identities has one group of 5 images. A batch takes 11 of them, so an epoch is one step.
 ONE_STEP = f"{FLAGS} --epochs 1 --eval-every 0 --batch-ids 11 --batch-images 5 --margin 1.3 --label-smoothing 0.2"
 ONE_STEP += " --supcon-weight 0.7 --temperature 0.1"
 
-# Flags of a row, components of its model, directions of its SupCon loss.
+# Flags of each row, components of its model, directions of its SupCon loss.
 BOTH = ["i2t", "t2i"]
 ROWS = {
     "Table 3 a": ("", {}, BOTH),
@@ -33,7 +33,7 @@ ROWS = {
 
 
 def first_step(root: Path, directions: list[str], components: dict) -> tuple[dict, dict, dict]:
-    """One step of Adam on the losses of the equations, without train.py: weights before and after, loss terms."""
+    """Compute one step of Adam without train.py. Return the weights before and after it, and the loss terms."""
     samples = data.load_dataset("synthetic", root, ("train",)).train
     sampler = data.PKSampler([sample.pid for sample in samples], 11, 5, seed=0)
     images, labels = next(iter(data.train_loader(samples, sampler, (64, 32), workers=0)))
@@ -58,8 +58,8 @@ def first_step(root: Path, directions: list[str], components: dict) -> tuple[dic
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_trains_its_own_parts(workplace, row):
-    """One step of train.py: the losses of the row's equations, one step of Adam, the text encoder as before."""
+def test_first_step_of_every_row(workplace, row):
+    """train.py computes the row's losses and one step of Adam. The text encoder does not change."""
     flags, components, directions = ROWS[row]
     output_of("train.py", f"{ONE_STEP} {flags}", workplace)
     before, expected, terms = first_step(workplace / "data", directions, components)
@@ -71,11 +71,11 @@ def test_every_row_trains_its_own_parts(workplace, row):
     assert after.keys() == before.keys()
     frozen = {name for name in before if name.startswith("clip.") and not name.startswith("clip.visual.")}
     for name, tensor in after.items():
-        if name == "interaction.key.bias":  # softmax cancels it, so its gradient is rounding alone
+        if name == "interaction.key.bias":  # softmax cancels it, so its gradient is rounding only
             continue
         is_frozen = name in frozen or name in ("simplified_text", "bnneck.bias")
         assert torch.equal(tensor, before[name]) == is_frozen, name
-        # Adam's first step is the learning rate times the sign of the gradient, which for a few is rounding alone.
+        # Adam's first step is the learning rate times the sign of the gradient. A few gradients are rounding only.
         assert ((tensor - expected[name]).abs() > 1e-6).float().mean() < 0.01, name
 
 
@@ -87,7 +87,7 @@ def test_defaults_are_those_of_section_5_1():
 
 
 def test_every_epoch_has_its_own_batches(workplace):
-    """Without learning, the loss changes with the images alone. An identity's images form other groups of K."""
+    """At learning rate 0, only other images change the loss. An identity's images form other groups of K, too."""
     output_of("train.py", f"{ONE_STEP} --epochs 2 --lr-visual 0 --lr-new 0", workplace)
     first, second = map(json.loads, (workplace / "runs/synthetic-tiny/log.jsonl").read_text().splitlines())
     assert first["loss_triplet"] != pytest.approx(second["loss_triplet"], rel=1e-4)
@@ -99,7 +99,7 @@ def test_every_epoch_has_its_own_batches(workplace):
 
 
 @pytest.mark.parametrize("backbone, config", [("vit", SMALL_VIT), ("resnet", SMALL_RESNET)])
-def test_both_backbones_train_resume_and_evaluate_from_openais_archives(workplace, monkeypatch, backbone, config):
+def test_both_backbones_train_resume_and_evaluate(workplace, monkeypatch, backbone, config):
     sizes = {name: value for name, value in config.items() if name not in ("image_size", "last_stride")}
     monkeypatch.setitem(clip.ARCHITECTURES, train.CLIP_NAMES[backbone], sizes | {"vocab_size": 49408})
     weights = small_weights(config | {"vocab_size": 49408})
