@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import output_of
+from conftest import output_of, refused, run
 from PIL import Image
 
 import clip
