@@ -113,7 +113,7 @@ def assert_same(one, other, tolerance: float) -> None:
 
 # Two steps in an epoch: each of the 20 identities has one group of five images, and a batch takes 8 of them.
 FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --image-size 64 32 --device cpu"
-FLAGS += " --batch-ids 8 --batch-images 5"
+FLAGS += " --batch-ids 8 --batch-images 5 --lr-visual 2e-4 --lr-new 2e-3"
 
 
 @pytest.mark.parametrize("row", ["", "--without-interaction --without-t2i"])
@@ -133,7 +133,7 @@ def test_a_run_resumes_with_another_number_of_processes(demo_root, tmp_path):
     in_processes(2, train_in_double_precision, f"{flags} --epochs 1", tmp_path / "parts")
     in_processes(1, train_in_double_precision, f"{flags} --epochs 2 --resume", tmp_path / "parts")
     # Adam amplifies rounding where a gradient is not larger than its epsilon, 1e-8.
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "parts"), tolerance=1e-6)
+    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "parts"), tolerance=1e-5)
 
 
 def test_evaluation_shares_the_images(demo_root, make_model):
