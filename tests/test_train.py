@@ -168,3 +168,22 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="last.pt .*No space left"):
         checkpoint.save({"epoch": 8}, path)
     assert torch.load(path, weights_only=True)["epoch"] == 7 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loader_process_that_cannot_be_started_ends_the_script(workplace):
+    code = f"""
+import multiprocessing.process, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+start, started = multiprocessing.process.BaseProcess.start, []
+def fail_at_the_second(process):
+    started.append(process)
+    if len(started) == 2:
+        raise OSError(11, "Resource temporarily unavailable")
+    start(process)
+multiprocessing.process.BaseProcess.start = fail_at_the_second
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, *FLAGS.split(), "--workers", "2", "--eval-every", "0"]
+    result = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: [Errno 11] Resource temporarily unavailable"
