@@ -1,10 +1,11 @@
-"""CLIP (Radford et al., 2021) in one file. It loads OpenAI's weights unchanged.
+"""CLIP (Radford et al., 2021) in one file. `load` reads OpenAI's weights.
 
-Differences from OpenAI's code: the visual encoder projects all image tokens into the joint space and returns its last
-three states, images need not be square, and texts can be encoded from token embeddings.
+Differences from OpenAI's code: the visual encoder projects all image tokens into the joint space and also returns three
+states for the triplet loss; images need not be square (position embeddings are interpolated); the last stride of a
+ResNet is 1 by default; texts can be encoded from token embeddings.
 
-Symbols: B images, M patches, N texts, L tokens of a sequence, W width of a transformer or feature map, T width of the
-text encoder, D dimension of the joint space.
+Symbols: B images, M patches, N texts, L tokens of a sequence, W width of a transformer or feature map (width of the
+image in (B, 3, H, W)), T width of the text encoder, D dimension of the joint space.
 """
 
 import gzip
@@ -133,7 +134,7 @@ def tokenizer() -> Tokenizer:
 def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
     """Return the token ids of texts, int64 (N, context_length): start token, text, end token, zeros.
 
-    Equal to OpenAI's `clip.tokenize`. Raises ValueError if a text needs more than `context_length` tokens.
+    The ids are those of OpenAI's `clip.tokenize`. Raises ValueError if a text needs more than `context_length` tokens.
     """
     texts = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -167,7 +168,7 @@ class Attention(nn.Module):
         B, L, W = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, L, W / heads)
-        if self.keep_probabilities:  # explicit softmax, for the attention maps of extras/look.py; not causal
+        if self.keep_probabilities:  # explicit softmax, for extras/look.py; visual encoder only: not causal
             self.probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, L, L)
             x = self.probabilities @ v
         else:
@@ -228,9 +229,9 @@ def num_heads(width: int) -> int:
 class ImageFeatures(NamedTuple):
     """Output of a visual encoder."""
 
-    embedding: Tensor  # (B, D) global visual embedding v, equal to tokens[:, 0]
+    embedding: Tensor  # (B, D) global visual embedding v (v~ in section 4.2), equal to tokens[:, 0]
     tokens: Tensor  # (B, 1 + M, D) all tokens in the joint space: X = {v~, v_1 .. v_M} of section 4.2
-    states: list[Tensor]  # for the triplet loss: outputs of the last two layers (B, width), and v (B, D)
+    states: list[Tensor]  # for the triplet loss, as in CLIP-ReID: of the last two layers (B, width), and v (B, D)
 
 
 class VisionTransformer(nn.Module):
@@ -354,7 +355,7 @@ class CLIP(nn.Module):
     """CLIP's visual encoder, a ViT or (without `patch_size`) a ResNet, and its text encoder.
 
     `vision_layers` is the number of blocks: one number for a ViT, one per stage for a ResNet. `image_size` is height
-    and width in pixels. Raises ValueError if they are not multiples of the side of a patch.
+    and width in pixels. Raises ValueError if they are not multiples of the encoder's stride.
     """
 
     def __init__(
@@ -374,7 +375,7 @@ class CLIP(nn.Module):
         self.source = {}  # for args.json: path and sha256 of the file that `load` read
         stride = patch_size or 16 * last_stride
         if any(side % stride for side in image_size):
-            raise ValueError(f"image size {image_size}: use multiples of {stride}, the side of a patch")
+            raise ValueError(f"image size {image_size}: use multiples of {stride}, the stride of the visual encoder")
         self.image_size = image_size
         self.grid = (image_size[0] // stride, image_size[1] // stride)
         if patch_size:
@@ -517,12 +518,15 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     The class token's row is kept. Raises ValueError if the number of positions is neither a square nor that of `grid`:
     the weights are of a CLIP fine-tuned at another image size.
     """
+    # A count that is no square can only be kept. A square count is read as n x n: 64 positions are 8 x 8, not 16 x 4.
     count, (height, width) = len(positions) - 1, grid
     side = math.isqrt(count)
     if grid == (side, side) or side * side < count == height * width:
         return positions
     if side * side < count:
-        raise ValueError(f"its {count} positions are not the {height}x{width} of this image size, nor a square grid")
+        raise ValueError(
+            f"its {count} positions are not the {height}x{width} of this image size, nor a square grid: use their own size"
+        )
     square = positions[1:].T.reshape(1, -1, side, side)  # (1, W, n, n)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])

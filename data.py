@@ -47,7 +47,7 @@ OFFICIAL = {
     "cuhk03": {"train": (767, 7368, 2), "query": (700, 1400, 2), "gallery": (700, 5328, 2)},
     "cuhk03-detected": {"train": (767, 7365, 2), "query": (700, 1400, 2), "gallery": (700, 5332, 2)},
 }
-# Layouts: image folder of each subset, and its lists. DukeMTMC-reID, CUHK03-NP and the demo have Market-1501's.
+# Layouts: for each subset, the image folder and the list files. All datasets but MSMT17 have Market-1501's.
 MARKET1501 = {"train": ("bounding_box_train",), "query": ("query",), "gallery": ("bounding_box_test",)}
 MSMT17_V1 = {
     "train": ("train", "list_train.txt", "list_val.txt"),
@@ -93,7 +93,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, root: str | Path = "data", subsets: tuple = ("train", "query", "gallery")) -> Dataset:
-    """Read the file names and lists of a dataset below `root`. Subsets that are not listed stay empty.
+    """Read the file names and lists of a dataset below `root`. Subsets that are not in `subsets` stay empty.
 
     Raises FileNotFoundError, with the expected folders, if one is missing; ValueError if a name or list is malformed.
     """
@@ -157,7 +157,7 @@ def parse(path: Path, match: re.Match) -> Sample:
 
 
 def summary(dataset: Dataset) -> str:
-    """Return a table of identities, images and cameras, and warnings where they differ from the published counts."""
+    """Return a table of identities, images and cameras, and warnings about problems of the dataset."""
     title = " ".join(filter(None, (dataset.name, dataset.version)))
     lines = [f"{title}, read from {printable(dataset.folder)}", "subset           | # ids | # images | # cameras"]
     for subset in ("train", "query", "gallery"):
@@ -171,12 +171,15 @@ def summary(dataset: Dataset) -> str:
                     f"warning: {subset} should have {should}, not {has}: not comparable with published results"
                 )
     test = dataset.query + dataset.gallery
-    # MSMT17 is not checked: its names do not match, since it numbers the identities of the test split from 0 again.
+    # The identities of train are relabelled, so they are read from the names again. MSMT17's names do not match; it is
+    # not checked, since its test split numbers the identities from 0 again.
     matches = [MARKET1501_NAME.fullmatch(sample.path.name) for sample in dataset.train]
     if shared := {int(match["pid"]) for match in matches if match} & {sample.pid for sample in test}:
         lines.append(f"warning: identities in both train and test: {len(shared)} (first: {min(shared)})")
     if len({sample.camid for sample in test}) == 1:
-        lines.append("warning: a single camera in query and gallery: nothing can be evaluated (--eval-every 0)")
+        lines.append(
+            "warning: query and gallery have a single camera: mAP cannot be computed (train with --eval-every 0)"
+        )
     if dataset.skipped:
         lines.append(count_skipped(dataset.skipped))
     return "\n".join(lines)
@@ -280,8 +283,9 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
     not depend on the number of loader processes. Under torchrun, each process takes its share of a batch's identities.
 
     An epoch follows RandomIdentitySampler of the strong baseline [24]. Each identity's images are shuffled and divided
-    into groups of K: an identity with fewer images repeats some, an incomplete last group is skipped. A batch takes one
-    group from each of P random identities. The epoch ends when fewer than P identities have a group left.
+    into groups of K. An identity with fewer than K images is sampled with replacement. An incomplete last group is
+    skipped. A batch takes one group from each of P random identities. The epoch ends when fewer than P identities have a
+    group left.
 
     Raises ValueError if there are fewer than P identities, or if the processes cannot share P identities equally.
     """
@@ -359,7 +363,7 @@ def read_images(paths: list[str | Path], size: tuple[int, int]) -> tuple[Tensor,
 def train_loader(
     samples: list[Sample], sampler: PKSampler, image_size: tuple[int, int], workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Return a loader of augmented batches: images uint8 (P * K, 3, H, W), labels (P * K,)."""
+    """Return a loader of augmented batches: images uint8 (B, 3, H, W), labels (B,), B = P * K / number of processes."""
     images = TrainImages(samples, image_size)
     return make_loader(images, workers, pin_memory, batch_sampler=sampler, persistent_workers=workers > 0)
 

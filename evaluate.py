@@ -63,7 +63,7 @@ def extract(
 
 
 def extract_dataset(model: PromptSG, dataset: data.Dataset, prompt: str | None = None, workers: int = 0) -> dict:
-    """Extract the features of query and gallery with all processes of torchrun.
+    """Extract the features of query and gallery. The processes of torchrun share the images.
 
     Returns "query" (Q, D) and "gallery" (G, D), on the GPU if the model is there, and "images_per_second".
     """
@@ -147,22 +147,25 @@ def rank_metrics(
             wrong_before_first.append(wrong_before[0])
         show_progress(end, len(query), "queries ranked")
     if not wrong_before_first:
-        raise ValueError("no query has an image of its identity by another camera in the gallery: nothing to evaluate")
+        raise ValueError(
+            "no query has an image of its identity from another camera in the gallery: nothing to evaluate"
+        )
     # A query counts for Rank-k if fewer than k wrong images come before its first correct image.
     cmc = torch.stack(wrong_before_first).bincount(minlength=len(gallery)).cumsum(0) / len(wrong_before_first)
     return {"mAP": ap.nanmean().item(), "cmc": cmc.cpu(), "ap": ap.cpu()}
 
 
-def labels(dataset: data.Dataset, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ids_and_cameras(dataset: data.Dataset, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the arguments of `rank_metrics`: query_ids (Q,), gallery_ids (G,), query_cams (Q,), gallery_cams (G,)."""
     rows = [[(sample.pid, sample.camid) for sample in samples] for samples in (dataset.query, dataset.gallery)]
     (query_ids, query_cams), (gallery_ids, gallery_cams) = (torch.tensor(row, device=device).T for row in rows)
+    # searchsorted needs contiguous tensors
     return query_ids.contiguous(), gallery_ids.contiguous(), query_cams, gallery_cams
 
 
 def rank_dataset(dataset: data.Dataset, query: Tensor, gallery: Tensor, similarities: Callable | None = None) -> dict:
     """Return `rank_metrics` of a dataset's features, with rank1, rank5, rank10 (0 to 1) and queries_skipped."""
-    metrics = rank_metrics(query, gallery, *labels(dataset, query.device), similarities)
+    metrics = rank_metrics(query, gallery, *ids_and_cameras(dataset, query.device), similarities)
     cmc = metrics["cmc"]
     ranks = {f"rank{k}": cmc[min(k, len(cmc)) - 1].item() for k in (1, 5, 10)}
     return {**metrics, **ranks, "queries_skipped": int(metrics["ap"].isnan().sum())}
@@ -173,7 +176,7 @@ def evaluate(model: PromptSG, dataset: data.Dataset, prompt: str | None = None, 
 
     Raises ValueError if no query has a correct image, and as `extract` and `rank_metrics` do.
     """
-    # Known from the names, before any feature is extracted.
+    # Check this first: extracting the features takes much longer.
     gallery = {(sample.pid, sample.camid) for sample in dataset.gallery}
     cameras = {camera for _, camera in gallery}
     if not any((sample.pid, camera) in gallery for sample in dataset.query for camera in cameras - {sample.camid}):
@@ -261,11 +264,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.features:
         write_features(args.features, dataset, query, gallery, space)
 
-    # Metrics, and similarities for those who need a threshold.
+    # Metrics, and thresholds for verifying pairs. Written before re-ranking, which may run out of memory.
     result = {**features, **rank_dataset(dataset, query, gallery)}
     print(f"{name}, {prompt} prompt: {describe(result)}")
     report = {key: result[key] for key in (*METRICS, "images_per_second", "queries_skipped")}
-    report["pairs"] = compare_pairs(query, gallery, *labels(dataset, query.device))
+    report["pairs"] = compare_pairs(query, gallery, *ids_and_cameras(dataset, query.device))
     print(describe_pairs(report["pairs"]))
     report |= {"dataset": name, "dataset_version": dataset.version, "trained_on": trained_on, **space}
     if args.json:

@@ -54,8 +54,7 @@ def export(model: PromptSG, path: Path) -> None:
     torch.export.save(program, content)
     with checkpoint.atomic_write(path) as temporary:
         temporary.write_bytes(content.getvalue())
-    with path.open("rb") as file:  # torch cannot open a path that is not UTF-8
-        exported = torch.export.load(file).module()
+    exported = torch.export.load(io.BytesIO(path.read_bytes())).module()  # torch cannot open a path that is not UTF-8
     difference = (exported(more) - model.embed(clip.normalize(more), "simplified")).abs().max().item()
     if not difference <= 1e-5:
         path.unlink()

@@ -251,5 +251,5 @@ def test_features_are_written_if_all_images_come_from_one_camera(workplace, chec
         for path in sorted((workplace / "data/synthetic" / folder).iterdir())[:6]:
             shutil.copy(path, workplace / "mine" / folder / f"{path.name[:4]}_c1_{path.name[8:]}")
     result = run("evaluate.py", f"{checkpoint_flag} --dataset folder --data-root mine --features x.npz", workplace)
-    refused(result, "no query has an image of its identity by another camera")
+    refused(result, "no query has an image of its identity from another camera")
     assert np.load(workplace / "x.npz")["query_features"].shape == (6, 128)
