@@ -524,9 +524,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     if grid == (side, side) or side * side < count == height * width:
         return positions
     if side * side < count:
-        raise ValueError(
-            f"its {count} positions are not the {height}x{width} of this image size, nor a square grid: use their own size"
-        )
+        raise ValueError(f"its {count} positions are not the {height}x{width} of this image size, nor a square grid")
     square = positions[1:].T.reshape(1, -1, side, side)  # (1, W, n, n)
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0]  # (W, h, w)
     return torch.cat([positions[:1], resized.flatten(1).T])

@@ -284,8 +284,8 @@ class PKSampler(Sampler[list[tuple[int, int]]]):
 
     An epoch follows RandomIdentitySampler of the strong baseline [24]. Each identity's images are shuffled and divided
     into groups of K. An identity with fewer than K images is sampled with replacement. An incomplete last group is
-    skipped. A batch takes one group from each of P random identities. The epoch ends when fewer than P identities have a
-    group left.
+    skipped. A batch takes one group from each of P random identities. The epoch ends when fewer than P identities have
+    groups left.
 
     Raises ValueError if there are fewer than P identities, or if the processes cannot share P identities equally.
     """

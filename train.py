@@ -41,8 +41,8 @@ from util.device import (
 
 CLIP_NAMES = {"vit": "ViT-B/16", "resnet": "RN50", "tiny": "tiny"}
 TINY_DEFAULTS = {
-    "epochs": 28, "decay_every": 22, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64),
-    "eval_every": 28,
+    "epochs": 24, "decay_every": 20, "lr_visual": 4e-4, "lr_new": 2e-3, "batch_ids": 8, "image_size": (128, 64),
+    "eval_every": 24,
 }  # fmt: skip
 # Flags that may differ when a run is resumed: where it runs, how long, how often it is evaluated.
 FREE_FLAGS = ("data_root", "device", "workers", "output", "resume", "compile", "epochs", "eval_every")
@@ -63,18 +63,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu and cuda are tested; mps, xpu, ... may work (default: cuda if available, otherwise cpu)")
     add("--precision", choices=PRECISIONS, help="precision of training (default: bf16 on CUDA, otherwise fp32)")
     add("--workers", type=int, help="data loader processes (default: up to 8 on CUDA, otherwise 0)")
-    add("--eval-every", type=int, default=10, help="epochs between two evaluations; 0: never (default: 10, tiny 28)")
+    add("--eval-every", type=int, default=10, help="epochs between two evaluations; 0: never (default: 10, tiny 24)")
     add("--compile", action="store_true", help="use torch.compile")
     add("--deterministic", action="store_true", help="bit for bit reproducible on CUDA too, and slower")
 
     add = parser.add_argument_group("section 5.1").add_argument
-    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 28)")
+    add("--epochs", type=int, default=60, help="number of epochs (default: 60, tiny 24)")
     add("--batch-ids", type=int, default=16, help="identities per batch, P (default: 16, tiny 8)")
     add("--batch-images", type=int, default=4, help="images per identity, K (default: 4)")
     add("--image-size", type=int, nargs=2, default=(256, 128), help="height and width (default: 256 128, tiny 128 64)")
     add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 4e-4)")
     add("--lr-new", type=float, default=5e-5, help="learning rate of the new modules (default: 5e-5, tiny 2e-3)")
-    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 22)")
+    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 20)")
     add("--decay-factor", type=float, default=0.1, help="factor of a learning rate decay (default: 0.1)")
     add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
     add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
