@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, nargs=2, default=(256, 128), help="height and width (default: 256 128, tiny 128 64)")
     add("--lr-visual", type=float, default=5e-6, help="learning rate of the visual encoder (default: 5e-6, tiny 4e-4)")
     add("--lr-new", type=float, default=5e-5, help="learning rate of the new modules (default: 5e-5, tiny 2e-3)")
-    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20, tiny 20)")
+    add("--decay-every", type=int, default=20, help="epochs between two learning rate decays (default: 20)")
     add("--decay-factor", type=float, default=0.1, help="factor of a learning rate decay (default: 0.1)")
     add("--supcon-weight", type=float, default=0.5, help="lambda in Eq. 10 (default: 0.5)")
     add("--composed-prompt", default=COMPOSED_PROMPT, help="prompt of section 4.1 (default: 'A photo of a S* person')")
