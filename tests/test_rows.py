@@ -13,6 +13,7 @@ import data
 import losses
 import train
 from model import PromptSG
+from util.weights import sha256_of
 
 # Each of the 20 identities has one group of 5 images. A batch takes 11 of them, so an epoch is one step.
 ONE_STEP = f"{FLAGS} --epochs 1 --eval-every 0 --batch-ids 11 --batch-images 5 --margin 1.3 --label-smoothing 0.2"
@@ -110,6 +111,8 @@ def test_both_backbones_train_resume_and_evaluate(workplace, monkeypatch, backbo
     trained = torch.load(path, weights_only=True)["model"]
     assert torch.equal(trained["clip.token_embedding.weight"], weights["token_embedding.weight"])
     assert 0 < (trained["clip.visual.conv1.weight"] - weights["visual.conv1.weight"]).abs().max() < 1e-4
+    settings = json.loads((path.parent / "args.json").read_text())
+    assert settings["clip_file"] == "CLIP.pt" and settings["clip_sha256"] == sha256_of(workplace / "CLIP.pt")
     (workplace / "CLIP.pt").unlink()  # a checkpoint is complete
     assert "epoch 2/2" in output_of("train.py", f"{flags} 2 --resume", workplace)
     assert f"{backbone} trained on synthetic, epoch 2" in output_of("evaluate.py", "--json result.json", workplace)

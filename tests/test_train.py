@@ -103,9 +103,10 @@ def test_a_run_with_dropout_and_loader_processes_resumes_bit_for_bit(workplace, 
     assert_same_run(whole, workplace)
 
 
-def test_without_last_pt_resuming_starts_a_new_run(workplace):
+@pytest.mark.parametrize("name", ["log.jsonl", "args.json"])
+def test_without_last_pt_resuming_starts_a_new_run(workplace, name):
     (workplace / RUN).mkdir(parents=True)
-    (workplace / RUN / "log.jsonl").write_text('{"epoch": 1}\n')
+    (workplace / RUN / name).write_text('{"epoch": 1}\n')
     printed = output_of("train.py", f"{FLAGS} --epochs 1 --eval-every 0 --resume", workplace)
     assert "starting at epoch 1" in printed and "replacing log.jsonl" in printed and "loss" in log_of(workplace)[0]
 

@@ -73,9 +73,9 @@ def start_run(folder: Path, settings: dict, device: torch.device) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot create {folder} ({error.strerror}): choose another --output") from error
-    if (folder / "log.jsonl").exists():
+    if (folder / "args.json").exists() or (folder / "log.jsonl").exists():
         print(f"replacing log.jsonl and args.json of an unfinished run without last.pt in {folder}")
-        (folder / "log.jsonl").unlink()
+        (folder / "log.jsonl").unlink(missing_ok=True)
     environment = {
         "command": shlex.join(sys.argv),
         "commit": describe_commit(Path(__file__).resolve().parent.parent),
