@@ -68,16 +68,13 @@ def archives(tmp_path_factory):
 
 @pytest.mark.parametrize("text", TOKENS)
 def test_token_ids_match_the_original(text):
-    tokens = clip.tokenize(text)
-    assert tokens.shape == (1, 77) and tokens.dtype == torch.long
     expected = [49406, *TOKENS[text], 49407]
-    assert tokens[0].tolist() == expected + [0] * (77 - len(expected))
+    assert clip.tokenize(text).tolist() == [expected + [0] * (77 - len(expected))]
 
 
 def test_a_text_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="79 tokens long"):
         clip.tokenize("person " * 77)
-    assert clip.tokenize("person " * 75)[0, -1] == 49407
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

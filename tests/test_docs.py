@@ -112,8 +112,3 @@ def test_python_blocks_run(page, trained, tmp_path, monkeypatch):
         output_of("extras/export.py", "--checkpoint runs/synthetic-tiny/last.pt --output model.pt2", tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(block for block in blocks if not block.startswith("# onnx")), page.name, "exec"), {})
-
-
-def test_pages_say_first_who_needs_them():
-    for page in PAGES[1:]:
-        assert re.match(r"# .+\n\nThis page is for [^.]+[.:]", page.read_text()), page.name

@@ -60,13 +60,6 @@ def test_a_variant_changes_a_result_and_has_gradients(name):
     assert torch.allclose(alone, found["feature"], atol=1e-4) != depends_on_its_batch
 
 
-def test_dot_products_equal_cosines_for_features_of_length_1():
-    image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16, dtype=torch.double), dim=2)
-    ours = losses.supcon_loss(image, text, LABELS, 0.08, ["i2t", "t2i"])
-    torch.testing.assert_close(readings.dot_products(image, text, LABELS, 0.08, ["i2t", "t2i"]), ours)
-    assert not torch.isclose(readings.dot_products(2 * image, text, LABELS, 0.08, ["i2t", "t2i"]), ours)
-
-
 def test_supcon_between_images_matches_khosla_et_al():
     """A loop over the equation: positives are the identity's other images, candidates all other images."""
     x = torch.nn.functional.normalize(torch.randn(8, 16, dtype=torch.double), dim=1)

@@ -13,7 +13,6 @@ from model import (
     InteractionModule,
     PromptSG,
     count_learnable,
-    restore_model,
     tokenize_composed,
 )
 from util import checkpoint
@@ -21,22 +20,13 @@ from util import checkpoint
 PROMPTS = ("composed", "simplified", "none")
 
 
-def text_parameters(model: PromptSG) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if name.startswith("clip.") and "visual" not in name}
-
-
 # ------------------------------------------------------------------------------------- the interaction module
 
 
-@pytest.fixture
-def tokens_and_text():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 9, 64, generator=generator), torch.randn(3, 64, generator=generator)
-
-
-def test_z_is_eq_7_without_blocks(tokens_and_text):
+def test_z_is_eq_7_without_blocks():
     """Without blocks, z is Eq. 7. With blocks, z is the mean of the last block's tokens."""
-    tokens, text = (x.double() for x in tokens_and_text)
+    generator = torch.Generator().manual_seed(0)
+    tokens, text = (torch.randn(3, *size, 64, generator=generator, dtype=torch.double) for size in ((9,), ()))
     module = InteractionModule(64, blocks=2).double()
     Q, K, V = module.query(text)[:, None], module.key(tokens), module.value(tokens)
     attention = torch.softmax(Q @ K.transpose(1, 2) / 64**0.5, dim=-1)  # (B, 1, 1 + M)
@@ -46,14 +36,6 @@ def test_z_is_eq_7_without_blocks(tokens_and_text):
     torch.testing.assert_close(module(text, tokens), module.blocks[1](module.blocks[0](Z)).mean(dim=1))
     module.blocks = torch.nn.Sequential()
     torch.testing.assert_close(module(text, tokens), (attention @ V)[:, 0])
-
-
-def test_z_depends_on_the_text(tokens_and_text):
-    tokens, text = tokens_and_text
-    module = InteractionModule(64)
-    z = module(text, tokens)
-    assert (module(text.flip(0), tokens) - z).abs().max() > 1e-3
-    torch.testing.assert_close(module(text[:1], tokens)[:1], z[:1])  # one text for all images
 
 
 # -------------------------------------------------------------------------------------------------- prompts
@@ -71,6 +53,8 @@ def test_s_star_replaces_a_word(make_model):
         ids = clip.tokenize(text)
         return model.clip.encode_embeddings(model.clip.token_embedding(ids), ids.argmax(dim=1)).expand(2, -1)
 
+    expected = F.normalize(encode_padded("a red coat")[:1], dim=1)
+    torch.testing.assert_close(model.encode_text(["a red coat"]), expected, atol=1e-5, rtol=0)
     with torch.no_grad():
         for prompt in (COMPOSED_PROMPT, "A S* person with a green top"):
             text = model.compose(torch.zeros(2, 128), tokenize_composed(prompt))
@@ -79,34 +63,21 @@ def test_s_star_replaces_a_word(make_model):
         torch.testing.assert_close(model.simplified_text, encode_padded(SIMPLIFIED_PROMPT)[:1])
 
 
-@pytest.mark.parametrize("prompt", ["a S*x S* man", "S*", "A  photo of a S*  person"])
-def test_s_star_must_be_a_word(prompt):
-    encode = clip.tokenizer().encode
-    before, after = (encode(part) for part in f" {' '.join(prompt.split())} ".split(" S* "))
-    assert tokenize_composed(prompt)[0, 1:-1].tolist() == [*before, S_STAR, *after]
+def test_s_star_must_be_a_word():
+    before, after = (clip.tokenizer().encode(part) for part in ("a S*x", "man"))
+    assert tokenize_composed("a S*x S*  man")[0, 1:-1].tolist() == [*before, S_STAR, *after]
 
 
 def test_prompts_that_do_not_fit_are_refused(make_model):
     for prompt, words in (("A photo of aS* person", "S"), ("S* and S*", "S"), ("S*" + " person" * 76, "79 tokens")):
         with pytest.raises(ValueError, match=words):
             make_model(composed_prompt=prompt)
-    for sizes, words in (({"vocab_size": 600}, "600 tokens"), ({"context_length": 7}, "8 tokens")):
-        with pytest.raises(ValueError, match=words):
-            PromptSG(clip.CLIP(**clip.ARCHITECTURES["tiny"], **sizes), 10)
 
 
 def test_initial_scale_of_s_star_is_that_of_a_word(make_model):
     model = make_model()
     pseudo_words = model.inversion(torch.randn(512, 128))
     assert pseudo_words.std().item() == pytest.approx(model.clip.token_embedding.weight.std().item(), rel=0.05)
-
-
-def test_text_features_are_clips_of_length_1(make_model):
-    model = make_model().eval()
-    features = model.encode_text(["A photo of a person", "a red coat"])
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(features[:1], F.normalize(model.simplified_text, dim=1), atol=1e-5, rtol=0)
-    assert (features[0] - features[1]).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- retrieval
@@ -151,47 +122,31 @@ def test_a_feature_does_not_depend_on_its_batch(make_model, images, prompt):
 # -------------------------------------------------------------------------------------------- gradients and parameters
 
 
-def loss_terms(output, labels, temperature: float) -> dict[str, torch.Tensor]:
-    return {
-        "triplet": sum(losses.triplet_loss(features, labels) for features in output.triplet_features),
-        "identity": losses.identity_loss(output.logits, labels),
-        "supcon": losses.supcon_loss(output.image, output.text, labels, temperature),
-    }
+TERMS = {
+    "triplet": lambda output, labels: sum(losses.triplet_loss(x, labels) for x in output.triplet_features),
+    "identity": lambda output, labels: losses.identity_loss(output.logits, labels),
+    "supcon": lambda output, labels: losses.supcon_loss(output.image, output.text, labels, 0.07),
+}
 
 
-@pytest.mark.parametrize("term", ["triplet", "identity", "supcon"])
+@pytest.mark.parametrize("term", TERMS)
 def test_every_loss_reaches_s_star_and_the_visual_encoder(make_model, images, labels, term):
     """The ID and triplet losses too: the text re-weights the tokens, so they reach the inversion network."""
     model = make_model().train()
+    v = torch.randn(8, 128, requires_grad=True)
+    model.compose(v)[:, 0].sum().backward()  # through the frozen text encoder
+    assert v.grad.abs().max() > 1e-9
     torch.nn.init.normal_(model.classifier.weight)  # the scale after some training
     pseudo_words = []
     model.inversion.register_forward_hook(lambda module, inputs, output: pseudo_words.append(output))
     output = model(images)
     pseudo_words[0].retain_grad()
-    loss_terms(output, labels, model.temperature)[term].backward()
+    TERMS[term](output, labels).backward()
     assert pseudo_words[0].shape == (8, 128) and pseudo_words[0].grad.abs().max() > 1e-9
     assert model.inversion[0].weight.grad.abs().max() > 1e-9
     assert model.clip.visual.conv1.weight.grad.abs().max() > 1e-9
-    assert all(p.grad is None for p in text_parameters(model).values())
-
-
-def test_the_gradient_reaches_v_through_the_text_encoder(make_model):
-    v = torch.randn(8, 128, requires_grad=True)
-    make_model().train().compose(v)[:, 0].sum().backward()
-    assert v.grad.abs().max() > 1e-9
-
-
-def test_parameter_groups_are_the_visual_encoder_and_the_new_modules(make_model):
-    """Each learnable parameter is in one group. The text encoder is in none."""
-    model = make_model()
-    groups = model.parameter_groups(5e-6, 5e-5)
-    assert [group["lr"] for group in groups] == [5e-6, 5e-5]
-    names = {id(p): name for name, p in model.named_parameters()}
-    visual, new = ([names[id(p)] for p in group["params"]] for group in groups)
-    assert set(visual) == {name for name in names.values() if name.startswith("clip.visual.")}
-    expected = {name for name in names.values() if not name.startswith("clip.")} - {"bnneck.bias"}
-    assert set(new) == expected and len(new) == len(expected) and len(visual) == len(set(visual))
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {*visual, *new}
+    frozen = set(model.clip.parameters()) - set(model.clip.visual.parameters())
+    assert frozen and all(p.grad is None for p in frozen)
 
 
 def test_learnable_parameters_of_table_6():
@@ -231,7 +186,4 @@ def test_load_the_model_of_a_checkpoint(make_model, images, tmp_path):
     checkpoint.save(state, tmp_path / "last.pt")
     model = PromptSG.load(tmp_path / "last.pt")
     assert not model.training and model.image_size == (64, 32) and model.model_args == ours.model_args
-    for prompt in PROMPTS:
-        assert torch.equal(model.embed(images, prompt), ours.embed(images, prompt))
-    with pytest.raises(ValueError, match="model_args"):
-        restore_model({**state, "model_args": {**ours.model_args, "blocks": 2}})
+    assert torch.equal(model.embed(images), ours.embed(images))
