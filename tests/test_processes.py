@@ -1,6 +1,6 @@
 """Several processes compute what one computes: gloo on the CPU, double precision.
 
-train.py needs a GPU for each process: torch's SyncBatchNorm does not run on CPUs. `allow_cpus` replaces it here.
+train.py needs a GPU for each process: torch's SyncBatchNorm does not run on CPUs. `distribute_on_cpus` replaces it.
 """
 
 import functools
@@ -25,31 +25,24 @@ import evaluate
 import train
 from util import device
 
+# Two steps in an epoch: each of the 20 identities has one group of five images, and a batch takes 8 of them.
+FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --image-size 64 32 --device cpu"
+FLAGS += " --batch-ids 8 --batch-images 5 --lr-visual 2e-4 --lr-new 2e-3"
 
-class SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
 
-    backward = forward  # every process's result depends on every process's x
+def sum_over_processes(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
 
 
 def synchronised_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """Compute SyncBatchNorm on the CPU: (B, C, ...) -> (B, C, ...)"""
+    """Normalise the whole batch; return the rows of this process: (B, C, ...) -> (B, C, ...)"""
     if not module.training:
         return type(module).forward(module, x)
-    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-    count = device.world_size() * x.numel() // x.shape[1]
-    mean = SumOverProcesses.apply(x.sum(axes)) / count
-    centred = x - mean.view(shape)
-    variance = SumOverProcesses.apply((centred**2).sum(axes)) / count
-    with torch.no_grad():
-        module.running_mean.lerp_(mean, module.momentum)
-        module.running_var.lerp_(variance * count / (count - 1), module.momentum)
-        module.num_batches_tracked += 1
-    return centred * (module.weight / (variance + module.eps).sqrt()).view(shape) + module.bias.view(shape)
+    whole = device.gather(x)
+    whole.register_hook(sum_over_processes)  # every process's rows depend on the whole batch
+    return type(module).forward(module, whole).chunk(device.world_size())[device.rank()]
 
 
 def distribute_on_cpus(model: nn.Module) -> nn.Module:
@@ -61,79 +54,58 @@ def distribute_on_cpus(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def allow_cpus() -> None:
-    """Let train.py run on CPUs in several processes, which device.distribute refuses."""
-    train.distribute = distribute_on_cpus
-
-
 def in_processes(count: int, work, *arguments) -> None:
-    """Run work(number, *arguments) in `count` processes, with torchrun's variables. All must succeed."""
+    """Run work(*arguments) in `count` processes, with torchrun's variables. All must succeed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _one_process, (count, port, work, arguments), nprocs=count, join=False, start_method="fork"
-    )
+    start = torch.multiprocessing.start_processes
+    context = start(one_process, (count, port, work, arguments), count, join=False, daemon=True, start_method="fork")
     deadline = time.monotonic() + 120
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes hang")
+    while not context.join(timeout=1):  # raises the error of a process
+        assert time.monotonic() < deadline, "the processes hang"
 
 
-def _one_process(number: int, count: int, port: int, work, arguments: tuple) -> None:
-    allow_cpus()
+def one_process(number: int, count: int, port: int, work, arguments: tuple) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    work(number, *arguments)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    work(*arguments)
 
 
-def train_in_double_precision(number: int, arguments: str, output) -> None:
+def train_in_double_precision(flags: str, output: Path) -> None:
     build, restore, normalize = train.PromptSG, train.restore_model, clip.normalize
+    train.distribute = distribute_on_cpus
     train.PromptSG = lambda *args, **components: build(*args, **components).double()
     train.restore_model = lambda state: restore(state).double()
     clip.normalize = lambda images: normalize(images).double()
-    train.main([*arguments.split(), "--output", str(output)])
+    train.main([*flags.split(), "--output", str(output)])
 
 
-def result_of(output) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    lines = (output / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], torch.load(output / "last.pt", weights_only=True)["model"]
-
-
-def assert_same(one, other, tolerance: float) -> None:
-    for a, b in zip(one[0], other[0], strict=True):
+def assert_same(one: Path, other: Path, tolerance: float) -> list[dict]:
+    """Compare log and weights of two runs. Return the log."""
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)]
+    for a, b in zip(*logs, strict=True):
         for name in a.keys() - {"seconds", "images_per_second"}:
             assert a[name] == pytest.approx(b[name], rel=0 if name in ("mAP", "rank1") else tolerance), name
-    for name, tensor in one[1].items():
-        assert (tensor - other[1][name]).abs().max() <= tolerance, name
+    weights, others = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (one, other))
+    for name in weights:
+        assert (weights[name] - others[name]).abs().max() <= tolerance, name
+    return logs[0]
 
 
-# Two steps in an epoch: each of the 20 identities has one group of five images, and a batch takes 8 of them.
-FLAGS = "--dataset synthetic --backbone tiny --clip-weights random --image-size 64 32 --device cpu"
-FLAGS += " --batch-ids 8 --batch-images 5 --lr-visual 2e-4 --lr-new 2e-3"
-
-
-@pytest.mark.parametrize("row", ["", "--without-interaction --without-t2i"])
-def test_two_processes_compute_what_one_does(demo_root, tmp_path, row):
-    flags = f"{FLAGS} {row} --epochs 1 --eval-every 1 --data-root {demo_root}"
-    for count in (1, 2):
-        in_processes(count, train_in_double_precision, flags, tmp_path / str(count))
-    one, two = (result_of(tmp_path / str(count)) for count in (1, 2))
-    assert_same(one, two, tolerance=1e-8)
-    assert one[0][0]["mAP"] != one[0][1]["mAP"]  # the steps change something
-
-
-def test_a_run_resumes_with_another_number_of_processes(demo_root, tmp_path):
-    """Epoch 1 with two processes and epoch 2 with one, or both with one."""
-    flags = f"{FLAGS} --eval-every 0 --data-root {demo_root}"
-    in_processes(1, train_in_double_precision, f"{flags} --epochs 2", tmp_path / "whole")
-    in_processes(2, train_in_double_precision, f"{flags} --epochs 1", tmp_path / "parts")
-    in_processes(1, train_in_double_precision, f"{flags} --epochs 2 --resume", tmp_path / "parts")
+def test_two_processes_compute_what_one_does_and_resume_its_run(demo_root, tmp_path):
+    """One epoch with one process and with two; then each run is resumed with the other number of processes."""
+    flags = f"{FLAGS} --eval-every 1 --data-root {demo_root} --epochs"
+    one, two = tmp_path / "one", tmp_path / "two"
+    in_processes(1, train_in_double_precision, f"{flags} 1", one)
+    in_processes(2, train_in_double_precision, f"{flags} 1", two)
+    log = assert_same(one, two, tolerance=1e-8)
+    assert log[0]["mAP"] != log[1]["mAP"]  # the steps change something
+    in_processes(2, train_in_double_precision, f"{flags} 2 --resume", one)
+    in_processes(1, train_in_double_precision, f"{flags} 2 --resume", two)
     # Adam amplifies rounding where a gradient is not larger than its epsilon, 1e-8.
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "parts"), tolerance=1e-5)
+    assert len(assert_same(one, two, tolerance=1e-5)) == 3
 
 
 def test_evaluation_shares_the_images(demo_root, make_model):
@@ -142,13 +114,12 @@ def test_evaluation_shares_the_images(demo_root, make_model):
     in_processes(3, extract_shares, dataset, make_model().eval())
 
 
-def extract_shares(number: int, dataset: data.Dataset, model) -> None:
-    counts = [(24, 28), (5, 5), (1, 1)]
-    subsets = [(dataset.query[:queries], dataset.gallery[:gallery]) for queries, gallery in counts]
-    datasets = [dataset._replace(query=query, gallery=gallery) for query, gallery in subsets]
-    alone = [evaluate.extract_dataset(model, part, "simplified") for part in datasets]
+def extract_shares(dataset: data.Dataset, model: nn.Module) -> None:
+    counts = [(24, 27), (5, 5), (1, 1)]
+    parts = [dataset._replace(query=dataset.query[:q], gallery=dataset.gallery[:g]) for q, g in counts]
+    alone = [evaluate.extract_dataset(model, part, "simplified") for part in parts]
     device.setup("cpu")
-    for part, expected in zip(datasets, alone):
+    for part, expected in zip(parts, alone):
         shared = evaluate.extract_dataset(model, part, "simplified")
         for subset in ("query", "gallery"):
             torch.testing.assert_close(shared[subset], expected[subset])
@@ -161,28 +132,26 @@ def test_several_processes_without_gpus_are_refused(monkeypatch):
 
 
 def test_torchrun_trains_and_a_killed_process_ends_the_run(demo_root, tmp_path):
-    """The README's command on two CPU processes. Only the first one prints and writes the log."""
+    """On two CPU processes. Only the first one prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     command += [*FLAGS.split(), "--epochs", "1000", "--eval-every", "0", "--data-root", str(demo_root)]
-    with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
-        while "epoch 2/1000" not in (tmp_path / "out").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
-            time.sleep(0.2)
+        while "epoch 2/1000" not in out.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, out.read_text()
+            time.sleep(0.1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     finally:
         process.kill()
-    printed = (tmp_path / "out").read_text()
-    assert printed.count("epoch 1/1000") == 1 and "SIGKILL" in printed
-    log = (tmp_path / "runs/synthetic-tiny/log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in log] == list(range(1, len(log) + 1))
+    assert out.read_text().count("epoch 1/1000") == 1 and "SIGKILL" in out.read_text()
     assert len(children) >= 2 and not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 if __name__ == "__main__":  # train.py on CPUs, for torchrun
-    allow_cpus()
+    train.distribute = distribute_on_cpus
     device.run_script(train.main)
