@@ -45,9 +45,7 @@ def test_relevance_matches_its_definition(make_model, images, components):
         ends = [model.interaction.aggregate(a + step, tokens) for row in 1e-5 * eye for step in (-row, row)]
         slopes = F.cosine_similarity(torch.cat(ends), text).view(9, 2).diff(dim=1)[:, 0] / 2e-5
         positive.insert(len(encoder), torch.diag((a[0] * slopes).clamp(min=0)))
-    R = eye
-    for matrix in positive:
-        R = R + matrix @ R
+    R = torch.linalg.multi_dot([eye + matrix for matrix in reversed(positive)])
     expected = (R - eye).mean(dim=0) if model.interaction else (R - eye)[0]
     found = look.relevance(model, images, None, look.similarity_to_prompt)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
@@ -70,8 +68,7 @@ def test_maps_over_the_patches(make_model, dataset):
     assert drawn[-30:, -30:].mean() > 2 * drawn[:75].mean()
 
 
-def test_share_of_attention_on_the_person(dataset):
-    """A uniform map has the person's area, a map of the centre nearly all."""
+def test_share_on_the_person_of_a_uniform_map_and_of_the_centre(dataset):
     uniform = torch.ones(len(dataset.query), 16, 8)
     centre = F.pad(uniform[:, :1, :1], (4, 3, 7, 8))
     text = look.describe_inside(uniform, dataset) + look.describe_inside(centre, dataset)
@@ -112,9 +109,7 @@ def test_look(trained, tmp_path, dataset):
     assert "24 images found, 2 drawn" in text
     text = output_of("extras/look.py", f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --output", trained, tmp_path)
     assert re.findall("person, (.*?):", text) == ["original", "runs/synthetic-tiny", CHECKPOINT]
-    assert sorted(path.name for path in tmp_path.glob("**/*.jpg")) == (
-        ["attention.jpg"] * 2 + ["before-after.jpg", "figure-4.jpg", "matches.jpg"]
-    )
+    assert len(list(tmp_path.glob("**/*.jpg"))) == 5  # two by the first command, one by each of the others
 
 
 @pytest.mark.parametrize("by", ["image", "words", "both"])
@@ -129,9 +124,8 @@ def test_search(trained, demo_root, tmp_path, by):
     text = model.encode_text("A photo of a person with red top")[0]
     flags = (["--query", *queries] if queries else []) + (["--words", "a person with red top"] if by != "image" else [])
     files = ["--json", tmp_path / "found.json", "--output", tmp_path / "found.jpg"]
-    # Images of a folder that is given twice are found once.
     printed = output_of("extras/search.py", "--count 5 --images", trained, folder.parent, folder, *flags, *files)
-    result = json.loads((tmp_path / "found.json").read_text())
+    result = json.loads((tmp_path / "found.json").read_text())  # each image once, although the folders overlap
     for query, found in zip(queries or [None], result["results"], strict=True):
         wanted = {"image": features.get(query), "words": text, "both": features.get(query, 0) + text}[by]
         similarity = {str(p): F.cosine_similarity(features[p], wanted, dim=0).item() for p in paths if p != query}
