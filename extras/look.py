@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -31,7 +32,7 @@ import train
 from demo import tiny_clip
 from model import PromptSG, restore_model
 from util import checkpoint
-from util.device import default_workers, run_script, setup, show_progress
+from util.device import default_workers, run_script, setup
 
 # ------------------------------------------------------------------------------------------------------- maps
 
@@ -43,10 +44,7 @@ def relevance(model: PromptSG, images: Tensor, prompt: str | None, target: Calla
     to the last: R <- R + E_heads[(dS/dA * A)^+] R, with attention probabilities A. The cross-attention multiplies token
     i by a_i, so its matrix is diagonal.
 
-    Args:
-        target: function that returns S (B,) from v (B, D), z (B, D) and the text embedding l (B or 1, D; constant).
-            S must depend on z.
-
+    `target` returns S (B,) from v (B, D), z (B, D) and the text embedding l (B or 1, D; constant). S must depend on z.
     Raises ValueError for a ResNet.
     """
     if not isinstance(model.clip.visual, clip.VisionTransformer):
@@ -83,7 +81,7 @@ def similarity_to_prompt(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
 
 
 def identity_relevance(
-    model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], prompt: str | None = None, workers: int = 0
+    model: PromptSG, samples: list[data.Sample], pool: list[data.Sample], prompt: str | None = None
 ) -> Tensor:
     """Return the relevance of the patches (N, h, w) for recognising the person (Figure 4).
 
@@ -92,38 +90,31 @@ def identity_relevance(
     """
     people = {sample.pid for sample in samples}
     pool = [sample for sample in pool if sample.pid in people]
-    features = evaluate.extract(model, [sample.path for sample in pool], prompt, workers=workers)  # (P, D)
-    is_other = [[other.pid == sample.pid and other.path != sample.path for other in pool] for sample in samples]
-    weights = torch.tensor(is_other).float()
-    others = weights / weights.sum(dim=1, keepdim=True) @ features  # (N, D)
+    features = evaluate.extract(model, [sample.path for sample in pool], prompt)  # (P, D)
 
-    def of_batch(images: Tensor, part: slice) -> Tensor:
-        def similarity(v: Tensor, z: Tensor, text: Tensor) -> Tensor:
-            return (F.normalize(model.bnneck(z), dim=1) * others[part].to(z)).sum(dim=1)
+    def of_sample(sample: data.Sample) -> Tensor:
+        is_other = [other.pid == sample.pid and other.path != sample.path for other in pool]
+        mean = features[is_other].mean(dim=0)  # (D,)
+        image = read_image(model, sample.path)
+        return relevance(model, image, prompt, lambda v, z, l: F.normalize(model.bnneck(z), dim=1) @ mean.to(z))
 
-        return relevance(model, images, prompt, similarity)
-
-    return make_maps(model, [sample.path for sample in samples], of_batch)
+    return to_maps(model, [of_sample(sample) for sample in samples])
 
 
+@torch.no_grad()
 def attention(model: PromptSG, paths: list[Path], prompt: str) -> Tensor:
     """Return the attention maps of a prompt (Figures 1 and 2), over the patches: (N, h, w)."""
-    return make_maps(model, paths, lambda images, part: model.attention_map(images, prompt))
+    return to_maps(model, [model.attention_map(read_image(model, path), prompt) for path in paths])
 
 
-def make_maps(model: PromptSG, paths: list[Path], function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Return maps over the patches of image files, (N, h, w), on the CPU.
+def read_image(model: PromptSG, path: Path) -> Tensor:
+    """Return an image file as a batch of one normalised image (1, 3, H, W), on the device of the model."""
+    return clip.normalize(data.read_image(path, model.image_size).unsqueeze(0).to(model.simplified_text.device))
 
-    function: normalised images (B, 3, H, W), slice of `paths` -> values of the image tokens (B, 1 + M).
-    """
-    device, maps = next(model.parameters()).device, []
-    for begin in range(0, len(paths), 16):
-        part = slice(begin, begin + 16)
-        images = torch.stack([data.read_image(path, model.image_size) for path in paths[part]])
-        tokens = function(clip.normalize(images.to(device)), part).detach().cpu()  # (B, 1 + M)
-        maps.append(tokens[:, 1:].unflatten(1, model.clip.grid))
-        show_progress(begin + len(images), len(paths), "maps")
-    return torch.cat(maps)
+
+def to_maps(model: PromptSG, values: list[Tensor]) -> Tensor:
+    """Return values of image tokens, N times (1, 1 + M), as maps without the class token: (N, h, w), on the CPU."""
+    return torch.cat(values)[:, 1:].unflatten(1, model.clip.grid).cpu()
 
 
 def describe_inside(maps: Tensor, dataset: data.Dataset) -> str:
@@ -147,11 +138,8 @@ def load_run(path: Path, device: torch.device) -> tuple[PromptSG, dict]:
     return restore_model(state).to(device), state
 
 
-def before_training(state: dict, **changes) -> PromptSG:
-    """Return the model of a run before training, in eval mode: its initial CLIP, and new modules with random weights.
-
-    changes: arguments of PromptSG that differ from the run's.
-    """
+def before_training(state: dict) -> PromptSG:
+    """Return a run's model before training, in eval mode: its initial CLIP, and new modules with random weights."""
     args = argparse.Namespace(**state["args"])
     name, image_size = train.CLIP_NAMES[args.backbone], tuple(args.image_size)
     if args.clip_weights == "random":
@@ -161,7 +149,7 @@ def before_training(state: dict, **changes) -> PromptSG:
     else:
         clip_model = clip.load(args.clip_weights or name, image_size)
     torch.manual_seed(args.seed)
-    return PromptSG(clip_model, **{**state["model_args"], **changes}).eval()
+    return PromptSG(clip_model, **state["model_args"]).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ sheets
@@ -169,11 +157,8 @@ def before_training(state: dict, **changes) -> PromptSG:
 TILE = (192, 96)  # height and width of an image on a sheet
 GREEN, RED, GREY = (0, 150, 60), (210, 30, 40), (120, 120, 120)
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # the "inferno" colour map
-MATCHES = {  # legend of best matches
-    "same identity as the query; below the image: rank, identity, camera, similarity": [GREEN],
-    "another identity": [RED],
-}
-MAPS = {"from the lowest to the highest value of each map": HEAT}  # legend of maps
+MATCHES = "green: same identity as the query; red: another identity; below: rank, identity, camera, similarity"
+MAPS = "dark: the lowest value of each map; yellow: the highest"
 
 
 class Tile(NamedTuple):
@@ -187,63 +172,45 @@ class Tile(NamedTuple):
 def heat(image: Tensor, values: Tensor) -> Tensor:
     """Blend an image with a map (h, w), from its lowest (dark) to its highest value (yellow)."""
     scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
-    smooth = F.interpolate(scaled[None, None], TILE, mode="bicubic", align_corners=False)[0, 0]
-    position = smooth.clamp(0, 1) * (len(HEAT) - 1)
-    below = position.long().clamp(max=len(HEAT) - 2)
-    colours = torch.tensor(HEAT).float()
-    colour = colours[below].lerp(colours[below + 1], (position - below).unsqueeze(2)).permute(2, 0, 1)
-    return (0.4 * v2.functional.rgb_to_grayscale(image, 3) + 0.6 * colour).to(torch.uint8)
+    smooth = F.interpolate(scaled[None, None], TILE, mode="bicubic")[0, 0]
+    colour = [np.interp(smooth, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT)]  # R, G, B
+    return (0.4 * v2.functional.rgb_to_grayscale(image, 3) + 0.6 * torch.tensor(np.array(colour))).to(torch.uint8)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> str:
     """Break a text into lines of at most `width` pixels; a text that is too long ends with "…"."""
     for letters in range(int(width), 0, -1):
-        lines = textwrap.wrap(text, letters, max_lines=max_lines, placeholder="…")
+        lines = textwrap.wrap(data.printable(text), letters, max_lines=max_lines, placeholder="…")
         if all(font.getlength(line) <= width for line in lines):
             break
     return "\n".join(lines)
 
 
-def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: dict[str, list]) -> None:
-    """Draw groups of tiles in lines of up to twelve tiles.
-
-    Args:
-        title: what the sheet shows, and for which model.
-        legend: explanations and their colours.
-    """
+def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: str = "") -> None:
+    """Draw groups of tiles in lines of up to twelve tiles. The title tells what they show, and for which model."""
     groups = [group[begin : begin + 12] for group in groups for begin in range(0, len(group), 12)]
     longest, cell_width, cell_height, margin = max(map(len, groups)), TILE[1] + 14, TILE[0] + 62, 16
     per_line = min(12 // longest, len(groups))
     group_width = longest * cell_width + margin
     width = max(640, margin + per_line * group_width)
     font, title_font = ImageFont.load_default(13), ImageFont.load_default(18)
-    title = wrap(data.printable(title), title_font, width - 2 * margin, 4)
-    top = 24 * len(title.split("\n")) + 20 * len(legend) + 20
+    title, legend = wrap(title, title_font, width - 2 * margin, 4), wrap(legend, font, width - 2 * margin, 4)
+    title_height = 24 * len(title.splitlines())
+    top = 24 + title_height + 18 * len(legend.splitlines())
 
     sheet = Image.new("RGB", (width, top + -(-len(groups) // per_line) * cell_height), "white")
     canvas = ImageDraw.Draw(sheet)
     canvas.text((margin, 8), title, "black", title_font)
-    for line, (explanation, colours) in enumerate(legend.items()):
-        y = top - 20 * (len(legend) - line) - 6
-        for n, colour in enumerate(colours):
-            canvas.rectangle([margin + 14 * n, y, margin + 14 * n + 13, y + 13], colour)
-        canvas.text((margin + 14 * len(colours) + 6, y + 7), explanation, "black", font, anchor="lm")
+    canvas.text((margin, 12 + title_height), legend, "black", font)
     for number, group in enumerate(groups):
         line, column = divmod(number, per_line)
         for n, tile in enumerate(group):
             x, y = margin + column * group_width + n * cell_width, top + line * cell_height
-            canvas.rectangle([x, y, x + TILE[1] + 7, y + TILE[0] + 7], tile.frame)
-            sheet.paste(v2.functional.to_pil_image(tile.image), (x + 4, y + 4))
-            caption = wrap(data.printable(tile.caption), font, TILE[1] + 8, 3)
-            canvas.text((x, y + TILE[0] + 10), caption, "black", font, spacing=2)
+            sheet.paste(ImageOps.expand(v2.functional.to_pil_image(tile.image), 4, tile.frame), (x, y))
+            canvas.text((x, y + TILE[0] + 10), wrap(tile.caption, font, TILE[1] + 8, 3), "black", font, spacing=2)
     with checkpoint.atomic_write(path) as temporary:
         sheet.save(temporary, quality=85)
     print(f"image written to {data.printable(path)}")
-
-
-# ------------------------------------------------------------------------------------------- what is drawn
-
-ORDERS = {"spread": "from the lowest to the highest AP", "worst": "with the lowest AP"}
 
 
 def spread(items: list, count: int) -> list:
@@ -252,19 +219,16 @@ def spread(items: list, count: int) -> list:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def choose_queries(ap: Tensor, order: str, count: int) -> list[int]:
-    """Choose queries by their AP (Q,) in one of ORDERS, the lowest first. Queries without an AP are skipped."""
-    ranked = ap.argsort(stable=True)[: int(ap.isfinite().sum())].tolist()  # NaN is last
-    return ranked[:count] if order == "worst" else spread(ranked, count)
+def choose_queries(ap: Tensor, count: int) -> list[int]:
+    """Choose queries from the lowest to the highest AP (Q,). Queries without an AP are skipped."""
+    return spread(ap.argsort(stable=True)[: int(ap.isfinite().sum())].tolist(), count)  # NaN is last
 
 
 def choose_people(samples: list[data.Sample], pool: list[data.Sample], count: int) -> list[data.Sample]:
     """Choose `count` identities with several images in `pool`, evenly spaced. Return the first image of each."""
-    images, first = Counter(sample.pid for sample in pool), {sample.pid: sample for sample in reversed(samples)}
-    people = [first[pid] for pid in sorted(first) if images[pid] > 1]
-    if not people:
-        raise ValueError("no identity in this dataset has several images: there is nothing to compare")
-    return spread(people, count)
+    images = Counter(sample.pid for sample in pool)
+    first = {sample.pid: sample for sample in reversed(samples) if images[sample.pid] > 1}
+    return spread([first[pid] for pid in sorted(first)], count)
 
 
 def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, caption: str) -> list[Tile]:
@@ -277,19 +241,6 @@ def best_matches(dataset: data.Dataset, q: int, similarity: Tensor, count: int, 
             text = f"{len(tiles)}: id {sample.pid} c{sample.camid} {similarity[g]:.2f}"
             tiles.append(Tile(data.read_image(sample.path, TILE), text, GREEN if sample.pid == query.pid else RED))
     return tiles
-
-
-def draw_matches(
-    dataset: data.Dataset, results: dict[str, dict], queries: list[int], count: int, path: Path, title: str
-) -> None:
-    """Draw the best matches of queries. results: of `evaluate.evaluate`, by caption."""
-    groups = [
-        best_matches(dataset, q, result["query"][q] @ result["gallery"].T, count, caption)
-        for q in queries
-        for caption, result in results.items()
-    ]
-    scores = " and ".join(f"{caption} (mAP {result['mAP']:.1%})" for caption, result in results.items())
-    draw_sheet(groups, path, f"Best matches {scores}: {title}", MATCHES)
 
 
 def map_tiles(paths: list[Path], captions: list[str], maps: dict[str, Tensor]) -> list[list[Tile]]:
@@ -305,30 +256,9 @@ def draw_attention(model: PromptSG, paths: list[Path], prompts: list[str], path:
     """Draw the attention maps of prompts and, for a ViT, transformer relevance."""
     maps = {f"{prompt} prompt": attention(model, paths, prompt) for prompt in prompts}
     if isinstance(model.clip.visual, clip.VisionTransformer):
-        maps["transformer relevance"] = make_maps(
-            model, paths, lambda images, part: relevance(model, images, prompts[-1], similarity_to_prompt)
-        )
+        values = [relevance(model, read_image(model, path), prompts[-1], similarity_to_prompt) for path in paths]
+        maps["transformer relevance"] = to_maps(model, values)
     draw_sheet(map_tiles(paths, [path.name for path in paths], maps), path, f"Attention of the prompts: {title}", MAPS)
-
-
-def draw_figure_4(
-    columns: dict[str, tuple[PromptSG, str | None]], dataset: data.Dataset, count: int, workers: int, path: Path
-) -> None:
-    """Draw relevance maps of several models (Figure 4): training identities on the left, test identities on the right.
-
-    columns: model and prompt, by name.
-    """
-    test, halves = dataset.query + dataset.gallery, []
-    for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
-        samples = choose_people(candidates, pool, (count + 1) // 2)
-        maps = {name: identity_relevance(model, samples, pool, p, workers) for name, (model, p) in columns.items()}
-        captions = [f"{subset} person {sample.pid}" for sample in samples]
-        halves.append(map_tiles([sample.path for sample in samples], captions, maps))
-    title = f"Relevance for the similarity to other images of the same person: {', '.join(columns)}"
-    draw_sheet([left + right for left, right in zip(*halves)], path, title, MAPS)
-    for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
-        maps = identity_relevance(model, dataset.query, test, prompt, workers)
-        print(f"relevance on the person, {name}: {describe_inside(maps, dataset)}")
 
 
 # ------------------------------------------------------------------------------------------------------ script
@@ -342,7 +272,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--figure-4", type=Path, nargs="+", metavar="RUN", help="relevance maps of runs or checkpoints")
     add = parser.add_argument
     add("--count", type=int, default=8, help="number of queries, images or people to draw (default: 8)")
-    add("--queries", choices=ORDERS, default="spread", help="choice of queries by AP (default: spread)")
     add("--output", type=Path, default=Path("look"), help="directory of the images (default: look)")
     add("--checkpoint", type=Path, help="a run's last.pt (default: the newest in runs/)")
     add("--prompt", choices=("composed", "simplified"), help="prompt at test time (default: the one trained with)")
@@ -350,8 +279,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
     args = parser.parse_args(argv)
-    unused = ("checkpoint", "queries") if args.figure_4 else ("prompt", "dataset", "data_root", "queries")
-    for name in unused if args.figure_4 or args.images else ():
+    unused = ("checkpoint",) if args.figure_4 else ("prompt", "dataset", "data_root") if args.images else ()
+    for name in unused:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect here: drop it")
     if args.count < 1:
@@ -365,15 +294,26 @@ def main(argv: list[str] | None = None) -> None:
     workers = default_workers(device)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.figure_4:
-        columns = {}
+        columns = {}  # model and prompt
         for run in args.figure_4:
             model, state = load_run(run / "last.pt" if run.is_dir() else run, device)
             if not columns:  # the initial CLIP of the first run
-                original = before_training(state, interaction=False, inversion=False).to(device)
+                original = before_training(state).to(device)
+                original.interaction = None  # z is v
                 columns["original"] = original, "simplified"
                 dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root)
             columns[str(run)] = model, args.prompt
-        draw_figure_4(columns, dataset, args.count, workers, args.output / "figure-4.jpg")
+        test, groups = dataset.query + dataset.gallery, []
+        for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
+            samples = choose_people(candidates, pool, (args.count + 1) // 2)
+            maps = {name: identity_relevance(model, samples, pool, prompt) for name, (model, prompt) in columns.items()}
+            captions = [f"{subset} person {sample.pid}" for sample in samples]
+            groups += map_tiles([sample.path for sample in samples], captions, maps)
+        title = f"Relevance for the similarity to other images of the same person: {', '.join(columns)}"
+        draw_sheet(groups, args.output / "figure-4.jpg", title, MAPS)
+        for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
+            maps = identity_relevance(model, dataset.query, test, prompt)
+            print(f"relevance on the person, {name}: {describe_inside(maps, dataset)}")
         return
 
     path = args.checkpoint or checkpoint.newest()
@@ -384,24 +324,29 @@ def main(argv: list[str] | None = None) -> None:
         if not model.interaction:
             raise ValueError("--images needs an interaction module, which this model does not have")
         found = data.find_images(args.images)
-        paths = found[: args.count]
-        if len(found) > len(paths):
-            print(f"{len(found)} images found, {len(paths)} drawn: use --count to draw more")
-        draw_attention(model, paths, prompts, args.output / "attention.jpg", title)
+        if len(found) > args.count:
+            print(f"{len(found)} images found, {args.count} drawn: use --count to draw more")
+        draw_attention(model, found[: args.count], prompts, args.output / "attention.jpg", title)
         return
 
     dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root, ("query", "gallery"))
     start = before_training(state).to(device) if args.before_after or dataset.name == "synthetic" else None
     result = evaluate.evaluate(model, dataset, args.prompt, workers)
-    queries = choose_queries(result["ap"], args.queries, args.count)
-    title += f", {args.prompt or model.default_prompt} prompt, {dataset.name}, queries {ORDERS[args.queries]}"
+    results = {"after training": result}
     if args.before_after:
-        before = evaluate.evaluate(start, dataset, "none", workers)
-        results = {"before training": before, "after training": result}
-        draw_matches(dataset, results, queries, 5, args.output / "before-after.jpg", title)
-        return
-    draw_matches(dataset, {"after training": result}, queries, 10, args.output / "matches.jpg", title)
-    if not model.interaction:
+        results = {"before training": evaluate.evaluate(start, dataset, "none", workers), **results}
+    queries = choose_queries(result["ap"], args.count)
+    prompt = args.prompt or model.default_prompt
+    title += f", {prompt} prompt, {dataset.name}, queries from the lowest to the highest AP"
+    scores = " and ".join(f"{caption} (mAP {result['mAP']:.1%})" for caption, result in results.items())
+    groups = [
+        best_matches(dataset, q, result["query"][q] @ result["gallery"].T, 10 // len(results), caption)
+        for q in queries
+        for caption, result in results.items()
+    ]
+    name = "before-after.jpg" if args.before_after else "matches.jpg"
+    draw_sheet(groups, args.output / name, f"Best matches {scores}: {title}", MATCHES)
+    if args.before_after or not model.interaction:
         return
     draw_attention(model, [dataset.query[q].path for q in queries], prompts, args.output / "attention.jpg", title)
     for name, compared in (("untrained", start), ("trained", model)) if dataset.name == "synthetic" else ():

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             group.append(Tile(data.read_image(match["path"], TILE), caption))
         groups.append(group)
     words, space_name = (f' for "{args.words}"', "CLIP's v") if args.words else ("", f"{space} prompt")
-    draw_sheet(groups, args.output, f"Best matches{words}: {path}, {space_name}", {})
+    draw_sheet(groups, args.output, f"Best matches{words}: {path}, {space_name}")
     if args.json:
         about = {"checkpoint": str(path), "prompt": space, "image_size": list(model.image_size)}
         checkpoint.write_json({**about, "results": results}, args.json)
