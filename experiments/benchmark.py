@@ -54,15 +54,16 @@ def peak_gib(device: torch.device, reset: bool = False) -> float:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform != "linux":
+    clear_refs = Path("/proc/self/clear_refs")
+    if not clear_refs.exists():  # not Linux
         return math.nan
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
+        clear_refs.write_text("5")
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def measure(variants: dict[object, Callable], turns: int, device: torch.device) -> dict[object, dict]:
-    """Return the median "seconds" and the peak "GiB" of each function, NaN for one that fails.
+    """Return the median "seconds" and the peak "GiB" of each function, NaN for one that fails in its first calls.
 
     Each is called twice to warm up, then `turns` times in alternation. With 0 turns, a single call is measured.
     """
@@ -83,9 +84,11 @@ def measure(variants: dict[object, Callable], turns: int, device: torch.device) 
             gib[name] = peak_gib(device) - before
         except Exception as error:  # out of memory or a failing compiler: the other variants continue
             print(f"{name} failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        if turns and name in times:
+            times[name] = []  # the warm-up does not count
     for name in list(times) * turns:
         times[name].append(call(name))
-    medians = {name: statistics.median(seconds[-turns:]) for name, seconds in times.items()}  # [-0:]: the single call
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {name: {"seconds": medians.get(name, math.nan), "GiB": gib[name]} for name in variants}
 
 
@@ -100,7 +103,7 @@ def compute_loss(forward: Callable, images: Tensor, labels: Tensor, precision: s
     with autocast(images.device, precision):
         output = forward(images)
     triplet = sum(losses.triplet_loss(x, labels) for x in output.triplet_features)
-    supcon = losses.supcon_loss(output.image, output.text, labels, temperature=0.01)
+    supcon = losses.supcon_loss(output.image, output.text, labels, temperature=0.01)  # that of OpenAI's weights
     return triplet + losses.identity_loss(output.logits, labels) + 0.5 * supcon
 
 
@@ -122,6 +125,7 @@ def train_steps(device: torch.device, variant: str, backbone: str, precision: st
 
 
 def step(device: torch.device, quick: bool) -> Iterator[dict]:
+    """Measure a training step. GiB includes weights and Adam's state."""
     for backbone in ("ViT-B/16",) if quick else ("ViT-B/16", "RN50"):
         for precision in (default_precision(device),) if quick else PRECISIONS:
             row = {"backbone": backbone, "precision": precision, "batch": 64 if device.type == "cuda" else 8}
@@ -133,10 +137,10 @@ def step(device: torch.device, quick: bool) -> Iterator[dict]:
 
 @torch.inference_mode()
 def inference(device: torch.device, quick: bool) -> Iterator[dict]:
-    """In fp32, as evaluation computes; on CUDA also in bf16. "ratio" is the speed relative to the visual encoder."""
+    """Measure the speed of the prompts relative to the visual encoder, in fp32 as in evaluation; on CUDA also bf16."""
     model = new_model("ViT-B/16", device).eval()
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
-        embed = autocast(device, precision)(model.embed)
+        embed = autocast(device, precision)(model.embed)  # as a decorator
         for batch in (1, 8) if quick else (1, 32, 128):
             images = torch.randn(batch, 3, *SIZE, device=device)
             calls = {name: partial(embed, images, prompt) for name, (prompt, _) in VARIANTS.items()}
@@ -147,7 +151,7 @@ def inference(device: torch.device, quick: bool) -> Iterator[dict]:
 
 
 def loading(device: torch.device, quick: bool) -> Iterator[dict]:
-    """16 batches of drawn people, JPEGs of 64x128 pixels as in Market-1501, with the augmentation of training."""
+    """Measure the training loader on 16 batches of drawn people, JPEGs of 64x128 pixels as in Market-1501."""
     with tempfile.TemporaryDirectory() as folder:
         draw.draw_dataset(Path(folder, "synthetic"), train_ids=256, test_ids=0, images=4)
         samples = data.load_dataset("synthetic", folder, ("train",)).train
@@ -155,13 +159,13 @@ def loading(device: torch.device, quick: bool) -> Iterator[dict]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         counts = [count for count in ((1, 4, 8) if quick else (0, 1, 2, 4, 8, 16)) if count <= cores]
         loaders = [data.train_loader(samples, sampler, SIZE, count, device.type == "cuda") for count in counts]
-        epochs = {count: partial(deque, loader, maxlen=0) for count, loader in zip(counts, loaders)}
+        epochs = {count: partial(deque, loader, maxlen=0) for count, loader in zip(counts, loaders)}  # keeps no batch
         for count, result in measure(epochs, 3 if quick else 7, device).items():
             yield {"processes": count, "cores": cores, "images/s": len(samples) / result["seconds"], **result}
 
 
 def ranking(device: torch.device, quick: bool) -> Iterator[dict]:
-    """Random features around random centres."""
+    """Measure ranking and re-ranking of random features around random centres."""
 
     def rerank(query: Tensor, gallery: Tensor, *labels: Tensor) -> None:
         evaluate.rank_metrics(query, gallery, *labels, k_reciprocal(query, gallery))
@@ -180,7 +184,7 @@ def ranking(device: torch.device, quick: bool) -> Iterator[dict]:
 
 def count_gflop(work: Callable, *arguments: object) -> float:
     """Count GFLOP per image of a batch of 64 with fake tensors, with the backward pass if there is one."""
-    counter = FlopCounterMode(display=False)  # skips the CPU's attention kernel, so attention is written out
+    counter = FlopCounterMode(display=False)  # does not count the CPU's fused attention, which is switched off here
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
         output = work(*arguments)
         if output.requires_grad:
@@ -205,7 +209,7 @@ def count_kept_gib(model: PromptSG, images: Tensor, precision: str) -> float:
 
 
 def counted(device: torch.device, quick: bool) -> Iterator[dict]:
-    """GFLOP of an image, GiB of a batch of 64, and GFLOP of an image in a whole training (Table 6)."""
+    """Count GFLOP of an image, GiB of a batch of 64, and GFLOP of an image in a whole training (Table 6)."""
     images, labels = torch.empty(64, 3, *SIZE), torch.arange(64) // 4
     words, end = torch.zeros(64, 77, 512, requires_grad=True), torch.full((64,), 8)
     for backbone, (epochs_1, epochs_2) in CLIP_REID_EPOCHS.items():
@@ -219,7 +223,7 @@ def counted(device: torch.device, quick: bool) -> Iterator[dict]:
         row |= {f"GiB kept, {name}": count_kept_gib(model, images, name) for name in ("bf16", "fp32")}
         model.eval().requires_grad_(False)
         row |= {f"GFLOP, {name}": count_gflop(model.embed, images, prompt) for name, (prompt, _) in VARIANTS.items()}
-        yield row | {"60 epochs": 60 * ours, "CLIP-ReID": theirs, "ratio": 60 * ours / theirs}
+        yield row | {"GFLOP, 60 epochs": 60 * ours, "GFLOP, CLIP-ReID": theirs, "ratio": 60 * ours / theirs}
 
 
 TOPICS = {"step": step, "inference": inference, "input": loading, "ranking": ranking, "counted": counted}

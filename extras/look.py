@@ -9,6 +9,7 @@ On the demo, which has masks, it also measures how much of the attention is on t
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from collections import Counter
@@ -179,8 +180,9 @@ def heat(image: Tensor, values: Tensor) -> Tensor:
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> str:
     """Break a text into lines of at most `width` pixels; a text that is too long ends with "…"."""
+    text = data.printable(text)
     for letters in range(int(width), 0, -1):
-        lines = textwrap.wrap(data.printable(text), letters, max_lines=max_lines, placeholder="…")
+        lines = textwrap.wrap(text, letters, max_lines=max_lines, placeholder="…")
         if all(font.getlength(line) <= width for line in lines):
             break
     return "\n".join(lines)
@@ -198,7 +200,7 @@ def draw_sheet(groups: list[list[Tile]], path: Path, title: str, legend: str = "
     title_height = 24 * len(title.splitlines())
     top = 24 + title_height + 18 * len(legend.splitlines())
 
-    sheet = Image.new("RGB", (width, top + -(-len(groups) // per_line) * cell_height), "white")
+    sheet = Image.new("RGB", (width, top + math.ceil(len(groups) / per_line) * cell_height), "white")
     canvas = ImageDraw.Draw(sheet)
     canvas.text((margin, 8), title, "black", title_font)
     canvas.text((margin, 12 + title_height), legend, "black", font)
@@ -279,8 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", default="data", help="directory of the datasets (default: data)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, otherwise cpu)")
     args = parser.parse_args(argv)
-    unused = ("checkpoint",) if args.figure_4 else ("prompt", "dataset", "data_root") if args.images else ()
-    for name in unused:
+    unused = {"figure_4": ["checkpoint"], "images": ["prompt", "dataset", "data_root"]}
+    for name in [name for mode in unused if getattr(args, mode) for name in unused[mode]]:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect here: drop it")
     if args.count < 1:
@@ -303,17 +305,19 @@ def main(argv: list[str] | None = None) -> None:
                 columns["original"] = original, "simplified"
                 dataset = data.load_dataset(args.dataset or state["args"]["dataset"], args.data_root)
             columns[str(run)] = model, args.prompt
-        test, groups = dataset.query + dataset.gallery, []
+        groups = []
+        test = dataset.query + dataset.gallery
         for subset, candidates, pool in (("training", dataset.train, dataset.train), ("test", dataset.query, test)):
-            samples = choose_people(candidates, pool, (args.count + 1) // 2)
+            samples = choose_people(candidates, pool, math.ceil(args.count / 2))
             maps = {name: identity_relevance(model, samples, pool, prompt) for name, (model, prompt) in columns.items()}
             captions = [f"{subset} person {sample.pid}" for sample in samples]
             groups += map_tiles([sample.path for sample in samples], captions, maps)
         title = f"Relevance for the similarity to other images of the same person: {', '.join(columns)}"
         draw_sheet(groups, args.output / "figure-4.jpg", title, MAPS)
-        for name, (model, prompt) in columns.items() if dataset.name == "synthetic" else ():
-            maps = identity_relevance(model, dataset.query, test, prompt)
-            print(f"relevance on the person, {name}: {describe_inside(maps, dataset)}")
+        if dataset.name == "synthetic":
+            for name, (model, prompt) in columns.items():
+                maps = identity_relevance(model, dataset.query, test, prompt)
+                print(f"relevance on the person, {name}: {describe_inside(maps, dataset)}")
         return
 
     path = args.checkpoint or checkpoint.newest()
@@ -349,10 +353,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.before_after or not model.interaction:
         return
     draw_attention(model, [dataset.query[q].path for q in queries], prompts, args.output / "attention.jpg", title)
-    for name, compared in (("untrained", start), ("trained", model)) if dataset.name == "synthetic" else ():
-        for prompt in prompts:
-            maps = attention(compared, [sample.path for sample in dataset.query], prompt)
-            print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, dataset)}")
+    if dataset.name == "synthetic":
+        for name, compared in (("untrained", start), ("trained", model)):
+            for prompt in prompts:
+                maps = attention(compared, [sample.path for sample in dataset.query], prompt)
+                print(f"attention on the person, {name}, {prompt} prompt: {describe_inside(maps, dataset)}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_relevance_matches_its_definition(make_model, images, components):
 
 
 def test_maps_over_the_patches(make_model, dataset):
-    """Figure 4's target is the mean of the other images of the same identity, without the image itself."""
+    """Figure 4's target is the mean of the identity's other images; attention is the model's; high values are light."""
     model, pool = make_model().eval(), dataset.query + dataset.gallery
     sample = pool[3]
     mean = evaluate.extract(model, [s.path for s in pool if s.pid == sample.pid and s != sample]).mean(dim=0)
@@ -105,7 +105,7 @@ def test_look(trained, tmp_path, dataset):
     maps = look.attention(untrained, [sample.path for sample in dataset.query], "composed")
     assert f"attention on the person, untrained, composed prompt: {look.describe_inside(maps, dataset)}" in text
     output_of("extras/look.py", "--before-after --count 2 --output", trained, tmp_path)
-    images = "--images data/synthetic/query data/synthetic/drawing.json"  # the last one cannot be read
+    images = "--images data/synthetic/query data/synthetic/drawing.json"  # no image: --count must stop before it
     assert "25 images" in output_of("extras/look.py", f"{images} --count 2 --output", trained, tmp_path)
     text = output_of("extras/look.py", f"--figure-4 runs/synthetic-tiny {CHECKPOINT} --output", trained, tmp_path)
     assert re.findall("person, (.*?):", text) == ["original", "runs/synthetic-tiny", CHECKPOINT]

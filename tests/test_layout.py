@@ -13,11 +13,11 @@ ALLOWED["train"] = ALLOWED["evaluate"] + " losses evaluate demo"
 
 
 def test_imports():
-    folders = [ROOT, *(ROOT / name for name in ("util", "demo", "extras", "experiments"))]
-    for path in [path for folder in folders for path in folder.glob("*.py")]:
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        name = path.stem if path.parent == ROOT else path.parent.name
-        allowed = ALLOWED.get(path.name, ALLOWED[name]).split()
-        assert {name.split(".")[0] for name in names} & ALLOWED.keys() <= set(allowed), path
+    for folder in (ROOT, *(ROOT / name for name in ("util", "demo", "extras", "experiments"))):
+        for path in folder.glob("*.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+            modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            name = path.stem if folder == ROOT else folder.name
+            allowed = ALLOWED.get(path.name, ALLOWED[name]).split()
+            assert {module.split(".")[0] for module in modules} & ALLOWED.keys() <= set(allowed), path

@@ -1,5 +1,7 @@
 """The model of section 4: interaction module, prompts, retrieval features, gradients, learnable parameters."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,8 +71,8 @@ def test_s_star_must_be_a_word():
 
 
 def test_prompts_that_do_not_fit_are_refused(make_model):
-    for prompt, words in (("A photo of aS* person", "S"), ("S* and S*", "S"), ("S*" + " person" * 76, "79 tokens")):
-        with pytest.raises(ValueError, match=words):
+    for prompt, words in (("aS* person", "S* once"), ("S* and S*", "S* once"), ("S*" + " person" * 76, "79 tokens")):
+        with pytest.raises(ValueError, match=re.escape(words)):
             make_model(composed_prompt=prompt)
 
 
@@ -136,6 +138,7 @@ def test_every_loss_reaches_s_star_and_the_visual_encoder(make_model, images, la
     v = torch.randn(8, 128, requires_grad=True)
     model.compose(v)[:, 0].sum().backward()  # through the frozen text encoder
     assert v.grad.abs().max() > 1e-9
+    model.zero_grad()
     torch.nn.init.normal_(model.classifier.weight)  # the scale after some training
     pseudo_words = []
     model.inversion.register_forward_hook(lambda module, inputs, output: pseudo_words.append(output))

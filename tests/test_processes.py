@@ -63,7 +63,10 @@ def in_processes(count: int, work, *arguments) -> None:
     context = start(one_process, (count, port, work, arguments), count, join=False, daemon=True, start_method="fork")
     deadline = time.monotonic() + 120
     while not context.join(timeout=1):  # raises the error of a process
-        assert time.monotonic() < deadline, "the processes hang"
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes hang")
 
 
 def one_process(number: int, count: int, port: int, work, arguments: tuple) -> None:
@@ -82,16 +85,17 @@ def train_in_double_precision(flags: str, output: Path) -> None:
     train.main([*flags.split(), "--output", str(output)])
 
 
-def assert_same(one: Path, other: Path, tolerance: float) -> list[dict]:
-    """Compare log and weights of two runs. Return the log."""
+def assert_same(one: Path, other: Path, tolerance: float) -> dict[str, Tensor]:
+    """Compare log and weights of two runs. Return the weights."""
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)]
     for a, b in zip(*logs, strict=True):
+        assert a.keys() == b.keys()
         for name in a.keys() - {"seconds", "images_per_second"}:
             assert a[name] == pytest.approx(b[name], rel=0 if name in ("mAP", "rank1") else tolerance), name
     weights, others = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (one, other))
     for name in weights:
         assert (weights[name] - others[name]).abs().max() <= tolerance, name
-    return logs[0]
+    return weights
 
 
 def test_two_processes_compute_what_one_does_and_resume_its_run(demo_root, tmp_path):
@@ -100,12 +104,13 @@ def test_two_processes_compute_what_one_does_and_resume_its_run(demo_root, tmp_p
     one, two = tmp_path / "one", tmp_path / "two"
     in_processes(1, train_in_double_precision, f"{flags} 1", one)
     in_processes(2, train_in_double_precision, f"{flags} 1", two)
-    log = assert_same(one, two, tolerance=1e-8)
-    assert log[0]["mAP"] != log[1]["mAP"]  # the steps change something
+    assert_same(one, two, tolerance=1e-8)
+    before = torch.load(one / "last.pt", weights_only=True)["model"]
     in_processes(2, train_in_double_precision, f"{flags} 2 --resume", one)
     in_processes(1, train_in_double_precision, f"{flags} 2 --resume", two)
-    # Adam amplifies rounding where a gradient is not larger than its epsilon, 1e-8.
-    assert len(assert_same(one, two, tolerance=1e-5)) == 3
+    # Resuming rounds the weights to float32, and Adam amplifies rounding where a gradient is near its epsilon, 1e-8.
+    after = assert_same(one, two, tolerance=1e-5)
+    assert (after["clip.visual.proj"] - before["clip.visual.proj"]).abs().max() > 1e-4
 
 
 def test_evaluation_shares_the_images(demo_root, make_model):
@@ -147,7 +152,8 @@ def test_torchrun_trains_and_a_killed_process_ends_the_run(demo_root, tmp_path):
         os.kill(int(children[-1]), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     finally:
-        process.kill()
+        process.terminate()  # torchrun ends its processes
+        process.wait(timeout=60)
     assert out.read_text().count("epoch 1/1000") == 1 and "SIGKILL" in out.read_text()
     assert len(children) >= 2 and not any(Path(f"/proc/{child}").exists() for child in children)
 

@@ -192,7 +192,7 @@ LN_POST = "visual.ln_post.bias"
 IMAGE_ENCODER = {name: tensor for name, tensor in WEIGHTS.items() if name.startswith("visual.")}
 
 
-REFUSED = {  # bytes, or what torch.save writes; words of the message
+REFUSED = {  # content of a file, or object for torch.save; words of the error
     "image encoder": (IMAGE_ENCODER, "image encoder alone"),
     "another model": ({"weight": torch.zeros(3)}, "weight"),
     "missing": ({name: WEIGHTS[name] for name in WEIGHTS.keys() - {LN_POST}}, LN_POST),
@@ -257,7 +257,6 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", url)
         monkeypatch.setenv("no_proxy", "*")
         monkeypatch.setattr(weight_files, "CACHE", str(cache))
-        monkeypatch.setattr(weight_files, "TIMEOUT", 0.3)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield first, second, cache
@@ -278,6 +277,7 @@ def test_weights_are_downloaded_once_and_if_the_first_address_fails_from_the_sec
         if failure == "timed out":
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/{first.name}/ViT-B-16.pt"
             monkeypatch.setitem(clip.URLS, "ViT-B/16", url)
+            monkeypatch.setattr(weight_files, "TIMEOUT", 1)
         model = clip.load("ViT-B/16", image_size=(64, 64))
     assert torch.equal(model.visual.proj, WEIGHTS["visual.proj"])
     name = "ViT-B-16.openai.safetensors" if failure else "ViT-B-16.pt"
