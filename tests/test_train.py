@@ -1,5 +1,7 @@
 """A training run: its files, kill and resume, and how it ends after an error."""
 
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -37,11 +39,23 @@ def assert_same_run(one, other) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
-def start(folder, *more) -> subprocess.Popen:
-    """Start train.py in a process group of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS.split(), *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+@pytest.fixture
+def start(workplace):
+    """A function that starts train.py in a process group of its own. What is left of it is killed after the test."""
+    processes = []
+
+    def start(*more: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "train.py"), *FLAGS.split(), *more]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        # A background job of a shell ignores SIGINT, and so would its child processes.
+        options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        processes.append(subprocess.Popen(command, cwd=workplace, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(process: subprocess.Popen, words: str) -> None:
@@ -70,8 +84,8 @@ def test_files_of_a_run(trained):
 # ------------------------------------------------------------------------------------------- kill and resume
 
 
-def test_a_killed_run_resumes_bit_for_bit(trained, workplace):
-    process = start(workplace)
+def test_a_killed_run_resumes_bit_for_bit(trained, workplace, start):
+    process = start()
     wait_for(process, "epoch 3/4")
     process.kill()
     process.wait()
@@ -119,8 +133,8 @@ def test_resume_refuses_other_flags_and_other_data(trained, demo_root, tmp_path)
 # ----------------------------------------------------------------------------------------------------- errors
 
 
-def test_ctrl_c_ends_all_processes_with_one_line(workplace):
-    process = start(workplace, "--workers", "2", "--epochs", "1000", "--eval-every", "0")
+def test_ctrl_c_ends_all_processes_with_one_line(start):
+    process = start("--workers", "2", "--epochs", "1000", "--eval-every", "0")
     wait_for(process, "epoch 2/1000")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader processes, too
     _, errors = process.communicate(timeout=120)
@@ -129,8 +143,8 @@ def test_ctrl_c_ends_all_processes_with_one_line(workplace):
         os.killpg(process.pid, 0)  # no process of the group is left
 
 
-def test_a_killed_loader_process_ends_the_run(workplace):
-    process = start(workplace, "--workers", "2", "--epochs", "1000", "--eval-every", "0")
+def test_a_killed_loader_process_ends_the_run(start):
+    process = start("--workers", "2", "--epochs", "1000", "--eval-every", "0")
     wait_for(process, "epoch 2/")
     loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(loaders[0]), signal.SIGKILL)
