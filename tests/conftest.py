@@ -11,6 +11,8 @@ import pytest
 if not any("test_cuda" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests run on the CPU
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are too small for several threads
+
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import multiprocessing.process
 import os
 import shutil
 import signal
@@ -44,8 +45,8 @@ def start(workplace):
     """A function that starts train.py in a process group of its own. What is left of it is killed after the test."""
     processes = []
 
-    def start(*more: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "train.py"), *FLAGS.split(), *more]
+    def start(more: str = "") -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "train.py"), *f"{FLAGS} {more}".split()]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         # A background job of a shell ignores SIGINT, and so would its child processes.
         options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -133,24 +134,19 @@ def test_resume_refuses_other_flags_and_other_data(trained, demo_root, tmp_path)
 # ----------------------------------------------------------------------------------------------------- errors
 
 
-def test_ctrl_c_ends_all_processes_with_one_line(start):
-    process = start("--workers", "2", "--epochs", "1000", "--eval-every", "0")
-    wait_for(process, "epoch 2/1000")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader processes, too
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in errors and len(errors.strip().splitlines()) == 1
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no process of the group is left
-
-
-def test_a_killed_loader_process_ends_the_run(start):
-    process = start("--workers", "2", "--epochs", "1000", "--eval-every", "0")
-    wait_for(process, "epoch 2/")
-    loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def test_ctrl_c_and_a_killed_loader_process_end_all_processes_with_one_line(start):
+    flags = "--workers 2 --epochs 1000 --eval-every 0 --output"
+    interrupted, broken = start(f"{flags} interrupted"), start(f"{flags} broken")
+    for process in (interrupted, broken):
+        wait_for(process, "epoch 2/1000")
+    os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: to the loader processes, too
+    loaders = Path(f"/proc/{broken.pid}/task/{broken.pid}/children").read_text().split()
     os.kill(int(loaders[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and errors.strip().splitlines()[-1].startswith("error: DataLoader worker")
-    assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
+    for process, status, words in ((interrupted, 130, "--resume"), (broken, 1, "error: DataLoader worker")):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == status and words in errors and len(errors.strip().splitlines()) == 1, errors
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # no process of the group is left
 
 
 def test_a_loss_that_is_not_finite_is_named_before_anything_is_saved(trained, workplace, monkeypatch):
@@ -177,20 +173,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True)["epoch"] == 7 and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_loader_process_that_cannot_be_started_ends_the_script(workplace):
-    code = f"""
-import multiprocessing.process, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-start, started = multiprocessing.process.BaseProcess.start, []
-def fail_at_the_second(process):
-    started.append(process)
-    if len(started) == 2:
-        raise OSError(11, "Resource temporarily unavailable")
-    start(process)
-multiprocessing.process.BaseProcess.start = fail_at_the_second
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-"""
-    command = [sys.executable, "-c", code, *FLAGS.split(), "--workers", "2", "--eval-every", "0"]
-    result = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "error: [Errno 11] Resource temporarily unavailable"
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's iterator is incomplete
+def test_a_loader_process_that_cannot_be_started_leaves_no_other(workplace, monkeypatch):
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def fail_at_the_second(process):
+        started.append(process)
+        if len(started) == 2:
+            raise OSError(11, "Resource temporarily unavailable")
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail_at_the_second)
+    refused(run("train.py", FLAGS + " --workers 2 --eval-every 0", workplace), "Resource temporarily unavailable")
+    started[0].join(timeout=60)
+    assert not started[0].is_alive()
