@@ -110,7 +110,8 @@ TABLES = {  # the first row is the reference
 
 def print_table(title: str, rows: list[Row], found: Callable) -> None:
     """Print mAP, its difference to the first row, Rank-1, and the mAP of text-to-image retrieval."""
-    print(f"\n{title}\n\n| row | paper | mAP | less {rows[0].name} | R-1 | text to image |\n|---|---|---|---|---|---|")
+    print(f"\n{title}\n\n| row | paper | mAP | difference to {rows[0].name} | R-1 | text to image |")
+    print("|---|---|---|---|---|---|")
     reference = [result[rows[0].prompt]["mAP"] for result in found(rows[0])]
     for row in rows:
         values = [result[row.prompt]["mAP"] for result in found(row)]

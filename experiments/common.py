@@ -204,6 +204,9 @@ def run(tables: dict[str, list[Row]], description: str, print_table: Callable) -
     add("--rows", nargs="+", help="rows to make, besides the reference (default: all); other flags go to train.py")
     args, more_flags = parser.parse_known_args()
     args.more_flags = " ".join(more_flags)
+    names = [row.name for title in args.tables for row in tables[title]]
+    if unknown := set(args.rows or ()) - set(names):
+        parser.error(f"no row {'; '.join(unknown)}: the rows of these tables are {'; '.join(names)}")
     tables = {
         title: [row for i, row in enumerate(tables[title]) if not args.rows or i == 0 or row.name in args.rows]
         for title in args.tables
