@@ -7,8 +7,8 @@ ranking     ranking and re-ranking at the size of Market-1501 and MSMT17
 counted     FLOPs and bytes, counted without a device; Table 6's ratio to CLIP-ReID
 
 No data and no weights are needed. Seconds are medians. Compared variants run in alternation, so that a busy machine
-slows them alike. GiB is the peak above the memory in use before: torch's on CUDA; on a CPU resident memory, of which
-only a topic's first row is right, because later ones reuse freed memory.
+slows them alike. GiB is the peak above the memory in use before: torch's on CUDA; on a CPU resident memory, where later
+rows can show too little, because they reuse freed memory.
 """
 
 import argparse
