@@ -290,6 +290,7 @@ TABLES = {  # the first row is the reference
         OURS,
         Row("mean over positives", "--supcon-weight 0.125"),
         Row("tau 0.08", "--temperature 0.08"),
+        Row("tau 0.07", "--temperature 0.07"),
         Row("tau 0.01", "--temperature 0.01"),
         Row("tau learned", model=LearnedTemperature, supcon=exponential_temperature),
         Row("tau 0.08, features not normalised", "--temperature 0.08", supcon=dot_products),
