@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from conftest import FLAGS, ROOT, output_of, refused, run
 from torch import nn
 
+import data
 import losses
 import model
 from util import checkpoint
@@ -85,12 +86,21 @@ def test_files_of_a_run(trained):
 # ------------------------------------------------------------------------------------------- kill and resume
 
 
-def test_a_killed_run_resumes_bit_for_bit(trained, workplace, start):
-    process = start()
-    wait_for(process, "epoch 3/4")
-    process.kill()
-    process.wait()
-    assert state_of(workplace)["epoch"] == 2
+def test_a_killed_run_resumes_bit_for_bit(trained, workplace, monkeypatch):
+    """The process is killed in epoch 3. The checkpoint is that of epoch 2."""
+    set_epoch = data.PKSampler.set_epoch
+
+    def kill_in_epoch_3(sampler, epoch):
+        return os.kill(os.getpid(), signal.SIGKILL) if epoch == 3 else set_epoch(sampler, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.PKSampler, "set_epoch", kill_in_epoch_3)
+        process = multiprocessing.get_context("fork").Process(
+            target=run, args=("train.py", FLAGS, workplace), daemon=True
+        )
+        process.start()
+        process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL and state_of(workplace)["epoch"] == 2
     settings = (workplace / RUN / "args.json").read_bytes()
     assert "resumed after epoch 2" in output_of("train.py", FLAGS + " --resume", workplace)
     assert_same_run(trained, workplace)
